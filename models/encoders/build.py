@@ -1,0 +1,55 @@
+"""An encoder by its name in timm."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+
+import timm
+from timm.models import model_entrypoint
+
+from models.encoders.convnext import ConvNeXt
+from models.encoders.encoder import Encoder
+from models.encoders.pyramid import Pyramid
+from models.encoders.vit import ViT
+
+PLAIN = ("vision_transformer", "deit", "beit", "eva")
+
+
+def build_encoder(name: str, in_chans: int = 3, **args) -> Encoder:
+    """Any plain or hierarchical backbone of timm as an Encoder, without pretrained weights.
+
+    `args` are those of ViT, Pyramid or ConvNeXt, or go on to timm. ValueError for an unknown name or argument,
+    naming the nearest one.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f'no encoder is called "{name}"; the nearest are {", ".join(near) or "in timm.list_models()"}')
+    family = encoder_class(name)
+    try:
+        return family(name, in_chans, **args)
+    except TypeError as error:
+        unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
+        if unknown not in args:
+            raise
+        raise ValueError(unknown_argument(name, unknown, family, error)) from error
+
+
+def encoder_class(name: str) -> type[Encoder]:
+    """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, or Pyramid for the rest."""
+    module = model_entrypoint(name).__module__.rpartition(".")[2]
+    return ViT if module in PLAIN else ConvNeXt if module == "convnext" else Pyramid
+
+
+def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:
+    """One line that names the nearest valid argument, among ours and those of timm's class."""
+    valid = set(inspect.signature(family).parameters)
+    traceback = error.__traceback__
+    while traceback is not None:  # timm's class is the last callee that was asked for the argument
+        valid |= {k for k in traceback.tb_frame.f_locals.get("kwargs", {}) if k != unknown}
+        callee = traceback.tb_frame.f_locals.get("model_cls")
+        if callee is not None:
+            valid |= set(inspect.signature(callee).parameters)
+        traceback = traceback.tb_next
+    near = difflib.get_close_matches(unknown, valid - {"name", "timm_args"}, n=1, cutoff=0.0)
+    return f'{name} has no argument "{unknown}"; the nearest is "{near[0]}"'

@@ -1,0 +1,53 @@
+"""What every encoder offers: images in, feature maps out, cut in two where a method may step in."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.encoders.grid import Features, Mask
+
+
+class Encoder(nn.Module):
+    """An image encoder in two halves, `embed` and `encode`; everything others need to know of it is an attribute.
+
+    in_chans: channels of an image
+    patch:    pixels per token of `embed`
+    width:    channels of a token of `embed`
+    strides:  pixels per cell of each map, fine to coarse
+    dims:     channels of each map
+    overlaps: neighbouring patches share pixels, so a token sees beyond its own patch
+    skips:    `encode` honours a mask
+    normed:   the last map is already layer-normalised
+    """
+
+    in_chans: int
+    patch: int
+    width: int
+    strides: list[int]
+    dims: list[int]
+    overlaps: bool = False
+    skips: bool = False
+    normed: bool = True
+
+    @property
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer, input to output, for layer-wise learning rates.
+
+        Parameters in no layer (a final norm) belong with the head and keep the full learning rate.
+        """
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H / patch, W / patch, width), before positions."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+        """(B, h, w, width) -> Features. With a mask, no visible cell is computed from a hidden one."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Features:
+        return self.encode(self.embed(images))

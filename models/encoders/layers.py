@@ -1,0 +1,57 @@
+"""Small parts that encoders and heads share."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Fill(nn.Module):
+    """Write one learned vector into the hidden cells: (B, h, w, C), (B, h, w) bool -> (B, h, w, C).
+
+    It is SimMIM's and MAE's mask token and FastMIM's colour.
+    """
+
+    def __init__(self, dim: int, std: float = 0.02):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, dim))
+        nn.init.normal_(self.token, std=std)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return torch.where(hidden[..., None], self.token.to(x.dtype), x)
+
+
+class Cells(nn.Module):
+    """Predict `dim` numbers for every `unit` px cell from a map whose cells have `stride` px.
+
+    (B, H / stride, W / stride, width) -> (B, H / unit, W / unit, dim)
+    """
+
+    def __init__(self, width: int, stride: int, unit: int, dim: int):
+        super().__init__()
+        self.split = stride // unit
+        self.linear = nn.Linear(width, self.split**2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.linear(x), "b h w (p q d) -> b (h p) (w q) d", p=self.split, q=self.split)
+
+
+def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed 2D sine-cosine positions: (h, w, dim); the first half of the channels tells the column (MAE)."""
+    if dim % 4:
+        near = f"{dim // 4 * 4} or {dim // 4 * 4 + 4}"
+        raise ValueError(f"sine-cosine positions need a width that 4 divides, not {dim}: use {near}")
+    omega = 10000 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim / 4))
+    row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    angles = [column[..., None] * omega, row[..., None] * omega]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], -1).float()
+
+
+def xavier(module: nn.Module) -> None:
+    """Initialise linear layers and patch projections as MAE does: Xavier uniform on the flattened kernel, biases 0."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight.data.flatten(1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,0 +1,87 @@
+"""Any hierarchical backbone of timm, its stem split off so that a method can act on the embedded patches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import timm
+import torch
+from einops import rearrange
+from timm.models import group_parameters, model_entrypoint
+from torch import Tensor, nn
+
+from models.encoders.encoder import Encoder
+from models.encoders.grid import Features, Mask
+
+STEMS = ("patch_embed", "stem")
+WINDOWED = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr")
+
+
+class Pyramid(Encoder):
+    """A timm backbone of a stem and stages (Swin, SwinV2, PVT v2, DaViT, FocalNet, MaxViT, CoAtNet, RegNet, ...).
+
+    The stem is taken out and `nn.Identity()` left in its place: `embed` is the stem, `encode` is timm's own
+    `forward_intermediates`. `timm_args` go to timm (depths, window_size, drop_path_rate, img_size, ...).
+    ValueError if the backbone has no such stem.
+    """
+
+    def __init__(self, name: str, in_chans: int = 3, **timm_args):
+        super().__init__()
+        if model_entrypoint(name).__module__ in WINDOWED:
+            timm_args = {"strict_img_size": False, **timm_args}  # windows are cut at any image size
+        self.backbone = backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, **timm_args)
+        place = next((stem for stem in STEMS if hasattr(backbone, stem)), None)
+        if place is None or not hasattr(backbone, "forward_intermediates"):
+            raise ValueError(
+                f"{name} cannot be cut into a stem and stages: choose a swin, pvt_v2, convnext, ... or a vit"
+            )
+        self.stem = getattr(backbone, place)
+        self.layer_of = self.group(place)
+        setattr(backbone, place, nn.Identity())
+        backbone.head = nn.Identity()  # some keep a norm in it, which would train unused
+        self.in_chans = in_chans
+        self.strides = [info["reduction"] for info in backbone.feature_info]
+        self.dims = [info["num_chs"] for info in backbone.feature_info]
+        self.normed = not isinstance(getattr(backbone, "norm", nn.Identity()), nn.Identity)
+        self.overlaps = any(
+            conv.kernel_size[0] > conv.stride[0] for conv in self.stem.modules() if isinstance(conv, nn.Conv2d)
+        )
+        self.patch, self.width, self.channels_last = self.probe_stem()
+
+    def probe_stem(self) -> tuple[int, int, bool]:
+        """Pixels per token, channels of a token, and whether channels come last: read off one image."""
+        weight = next(self.stem.parameters())
+        training = self.stem.training
+        with torch.no_grad():  # the image is not square, so that its sides tell rows and columns from channels
+            image = weight.new_zeros(1, self.in_chans, 64, 128)
+            shape = self.stem.eval()(image).shape
+        self.stem.train(training)
+        channels_last = shape[2] == 2 * shape[1]
+        return (64 // shape[1], shape[3], True) if channels_last else (64 // shape[2], shape[1], False)
+
+    def group(self, stem: str) -> dict[str, int]:
+        """The layer of each parameter of the stages, by timm's own grouping; a final norm has none."""
+        groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=False), reverse=True)
+        return {name: layer for name, layer in groups.items() if not name.startswith(("norm.", "head.", f"{stem}."))}
+
+    @property
+    def layers(self) -> list[list[nn.Parameter]]:
+        layers = defaultdict(list)
+        for name, parameter in self.backbone.named_parameters():
+            if name in self.layer_of:
+                # a downsampling layer learns at the pace of the stage that it ends (SimMIM)
+                layers[self.layer_of[name] - (".downsample." in name)].append(parameter)
+        return [list(self.stem.parameters()), *(layers[layer] for layer in sorted(layers))]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def embed(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        return x if self.channels_last else rearrange(x, "b c h w -> b h w c")
+
+    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+        if mask is not None:
+            raise ValueError("this encoder computes every cell: hide with Replace or Paint instead of Skip")
+        x = tokens if self.channels_last else rearrange(tokens, "b h w c -> b c h w")
+        return Features(self.backbone.forward_intermediates(x, norm=True, intermediates_only=True))

@@ -1,0 +1,85 @@
+"""What is guessed: from features and mask to one vector for every cell of the target's grid.
+
+A head is built from the encoder and the target it serves: widths, strides and units are read off, never configured.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from models.encoders.encoder import Encoder
+from models.encoders.grid import Features, Mask
+from models.encoders.layers import Cells, Fill, sincos, xavier
+from models.mim.target import Target
+
+
+class Head(Protocol):
+    """Features of an image and its mask -> guesses (B, H / unit, W / unit, dim), for every cell."""
+
+    def __call__(self, features: Features, mask: Mask) -> Tensor: ...
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the last map (SimMIM, MaskFeat, EVA)."""
+
+    def __init__(self, encoder: Encoder, target: Target):
+        super().__init__()
+        self.cells = Cells(encoder.dims[-1], encoder.strides[-1], target.unit, target.dim)
+
+    def forward(self, features: Features, mask: Mask) -> Tensor:
+        return self.cells(rearrange(features.maps[-1], "b c h w -> b h w c"))
+
+
+class Decoder(nn.Module):
+    """A small transformer over the last map (MAE, FastMIM).
+
+    depth, width, heads: of its blocks
+    fill:      write a learned token into the hidden cells, which an encoder that skips them left empty (MAE)
+    positions: add sine-cosine positions (MAE; FastMIM's encoder saw every cell and does without both)
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        target: Target,
+        depth: int = 8,
+        width: int = 512,
+        heads: int = 16,
+        fill: bool = True,
+        positions: bool = True,
+    ):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a decoder of width {width} cannot have {heads} heads: {heads} must divide {width}")
+        norm = partial(nn.LayerNorm, eps=norm_eps(encoder))
+        self.stride, self.positions = encoder.strides[-1], positions
+        self.project = nn.Linear(encoder.dims[-1], width)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm = norm(width)
+        self.cells = Cells(width, self.stride, target.unit, target.dim)
+        xavier(self)
+        self.fill = Fill(width) if fill else None
+
+    def forward(self, features: Features, mask: Mask) -> Tensor:
+        x = self.project(rearrange(features.maps[-1], "b c h w -> b h w c"))
+        _, h, w, c = x.shape
+        if self.fill is not None:
+            x = self.fill(x, mask.at(self.stride))
+        if self.positions:
+            x = x + sincos(h, w, c, x.device)
+        x = x.flatten(1, 2)
+        if features.prefix is not None:
+            x = torch.cat([self.project(features.prefix), x], 1)
+        x = self.norm(self.blocks(x))[:, -h * w :]
+        return self.cells(x.unflatten(1, (h, w)))
+
+
+def norm_eps(encoder: Encoder) -> float:
+    """The epsilon of an encoder's layer norms, which its published decoders share (1e-6 in ViTs, 1e-5 in Swins)."""
+    return next((part.eps for part in encoder.modules() if isinstance(part, nn.LayerNorm)), 1e-6)

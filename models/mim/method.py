@@ -1,0 +1,72 @@
+"""Masked image modeling, the whole of it. Start here."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.encoders.encoder import Encoder
+from models.mim.head import Head
+from models.mim.hide import Hide
+from models.mim.loss import Average, Distance, over_hidden
+from models.mim.masker import Masker
+from models.mim.target import Target
+
+
+class MIM(nn.Module):
+    """Hide some cells of an image, encode the rest, guess what was hidden.
+
+    masker:   which cells are hidden
+    hide:     how they are kept from the encoder
+    head:     what is guessed
+    target:   what is true
+    distance: how wrong a guess is, in each cell
+    average:  which cells count
+
+    ValueError if the cells of the parts do not align.
+    """
+
+    def __init__(
+        self,
+        masker: Masker,
+        hide: Hide,
+        head: Head,
+        target: Target,
+        distance: Distance,
+        average: Average = over_hidden,
+    ):
+        super().__init__()
+        self.masker, self.hide, self.head, self.target = masker, hide, head, target
+        self.distance, self.average = distance, average
+        check_units(masker.unit, target.unit, hide.encoder)
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.hide.encoder
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"image": (B, C, H, W)} -> {"loss": scalar}"""
+        images = batch["image"]  # (B, C, H, W)
+        mask = self.masker(images)  # which cells are hidden
+        features = self.hide(images, mask)  # what the encoder makes of the rest
+        guess = self.head(features, mask)  # (B, h, w, D), for every cell
+        truth = self.target(images)  # (B, h, w, D)
+        error = self.distance(guess, truth)  # (B, h, w)
+        return {"loss": self.average(error, mask.at(self.target.unit))}
+
+
+def check_units(masked: int, guessed: int, encoder: Encoder) -> None:
+    """The one rule that aligns all parts: the target's unit divides the mask's unit and the encoder's last stride."""
+    stride = encoder.strides[-1]
+    for what, size in (("the mask's cells have", masked), ("the encoder's last map has cells of", stride)):
+        if size % guessed:
+            fits = [n for n in range(1, size + 1) if size % n == 0]
+            near = max(n for n in fits if n <= guessed)
+            raise ValueError(
+                f"{what} {size} px, the target's {guessed} px: the target's must divide the others; {near} px would"
+            )
+    if masked % encoder.patch:
+        low = max(masked // encoder.patch, 1) * encoder.patch
+        raise ValueError(
+            f"the mask's cells have {masked} px, the encoder's patches {encoder.patch} px: a cell is a whole number of "
+            f"patches; {low} or {low + encoder.patch} px would be"
+        )

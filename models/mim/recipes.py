@@ -1,0 +1,68 @@
+"""The published methods, each as its five parts. The signature of a builder is the schema of its arguments."""
+
+from __future__ import annotations
+
+from models.encoders.encoder import Encoder
+from models.mim.head import Decoder, LinearHead
+from models.mim.hide import Paint, Replace, Skip
+from models.mim.loss import l1, l2
+from models.mim.masker import RandomMasker
+from models.mim.method import MIM
+from models.mim.target import HOG, Pixels, Target
+
+
+def mae(
+    encoder: Encoder,
+    ratio: float = 0.75,
+    unit: int | None = None,
+    target: str = "normalized",
+    cell: int | None = None,
+    depth: int = 8,
+    width: int = 512,
+    heads: int = 16,
+) -> MIM:
+    """MAE (He et al., 2022): encode the visible patches alone, a transformer guesses the pixels of the rest."""
+    unit = unit or encoder.strides[-1]
+    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), Decoder(encoder, truth, depth, width, heads), truth, l2)
+
+
+def simmim(
+    encoder: Encoder,
+    ratio: float = 0.6,
+    unit: int = 32,
+    target: str = "pixels",
+    cell: int | None = None,
+) -> MIM:
+    """SimMIM (Xie et al., 2022): a token stands in for each hidden patch, one linear layer guesses its pixels."""
+    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    return MIM(RandomMasker(unit, ratio), Replace(encoder), LinearHead(encoder, truth), truth, l1)
+
+
+def fastmim(
+    encoder: Encoder,
+    ratio: float = 0.75,
+    unit: int = 32,
+    target: str = "hog",
+    cell: int | None = None,
+    depth: int = 4,
+    width: int = 256,
+    heads: int = 8,
+) -> MIM:
+    """FastMIM (Guo et al., 2022): hidden pixels are painted over, a light transformer guesses HOG at low resolution."""
+    truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
+    head = Decoder(encoder, truth, depth, width, heads, fill=False, positions=False)
+    return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
+
+
+TARGETS = ("pixels", "normalized", "hog")
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
+
+
+def build_target(name: str, unit: int, encoder: Encoder) -> Target:
+    """A target by name, of cells of `unit` px: "pixels", "normalized" (within each cell) or "hog"."""
+    if name not in TARGETS:
+        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}')
+    if name == "hog":
+        return HOG(unit, encoder.in_chans)
+    return Pixels(unit, encoder.in_chans, normalize=name == "normalized")

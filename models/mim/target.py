@@ -1,0 +1,105 @@
+"""What is true: the vector that a method must guess for every cell."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+
+class Target(nn.Module):
+    """Turns images into one vector per cell.
+
+    unit: side of a cell, in pixels
+    dim:  numbers that a head guesses for each cell
+    """
+
+    unit: int
+    dim: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
+        raise NotImplementedError
+
+
+class Pixels(Target):
+    """The pixels of each cell, as they are (SimMIM) or normalised within the cell (MAE).
+
+    The variance is the unbiased one over all pixels and channels of a cell, with 1e-6 added, as in MAE's code.
+    """
+
+    def __init__(self, unit: int, in_chans: int, normalize: bool):
+        super().__init__()
+        self.unit, self.dim, self.normalize = unit, unit**2 * in_chans, normalize
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        cells = rearrange(images.float(), "b c (h p) (w q) -> b h w (p q c)", p=self.unit, q=self.unit)
+        if self.normalize:
+            mean, spread = mean_and_spread(cells)
+            cells = (cells - mean) / spread
+        return cells
+
+    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+        """Guessed cells as an image (B, C, H, W); normalised ones borrow mean and contrast from `images`."""
+        if self.normalize:
+            mean, spread = mean_and_spread(Pixels(self.unit, images.shape[1], normalize=False)(images))
+            guess = guess * spread + mean
+        return rearrange(guess, "b h w (p q c) -> b c (h p) (w q)", p=self.unit, q=self.unit)
+
+
+class HOG(Target):
+    """Histograms of oriented gradients, one per channel, each of unit length (MaskFeat, FastMIM).
+
+    A pixel votes with its gradient's magnitude for one of `bins` orientations between 0 and 180 degrees; no blur, no
+    sharing between bins or cells, no block normalisation. Numbers of a cell are ordered (channel, bin).
+    """
+
+    def __init__(self, unit: int, in_chans: int, bins: int = 9, normalize: bool = True):
+        super().__init__()
+        self.unit, self.bins, self.dim, self.normalize = unit, bins, bins * in_chans, normalize
+        sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("sobel", torch.stack([sobel, sobel.T])[:, None], persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            padded = F.pad(rearrange(images.float(), "b c h w -> (b c) 1 h w"), (1, 1, 1, 1), mode="reflect")
+            across, down = rearrange(F.conv2d(padded, self.sobel), "(b c) g h w -> g b c h w", b=len(images))
+            orientation = (torch.atan2(across, down) / math.pi * self.bins).floor() % self.bins
+            magnitude = torch.hypot(across, down)
+            # a pass for each bin: no atomic additions, so that the same image gives the same bits on a GPU too
+            votes = [
+                reduce(magnitude * (orientation == k), "b c (h p) (w q) -> b c h w", "sum", p=self.unit, q=self.unit)
+                for k in range(self.bins)
+            ]
+            cells = torch.stack(votes, -1)
+            if self.normalize:
+                cells = F.normalize(cells, dim=-1)
+        return rearrange(cells, "b c h w n -> b h w (c n)")
+
+    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+        """Guessed histograms as glyphs (B, C, H, W) in [0, 1]: in each cell, a stroke along each orientation of edge."""
+        strokes = edge_strokes(self.bins, self.unit, guess.device)  # (bins, unit, unit)
+        votes = rearrange(guess.float().clamp_min(0), "b h w (c n) -> b c h w n", n=self.bins)
+        drawn = torch.einsum("bchwn,npq->bchpwq", votes, strokes)
+        return rearrange(drawn, "b c h p w q -> b c (h p) (w q)").clamp(0, 1)
+
+
+def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels of each cell, (B, h, w, D) -> twice (B, h, w, 1)."""
+    return cells.mean(-1, keepdim=True), (cells.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def edge_strokes(bins: int, unit: int, device: torch.device) -> Tensor:
+    """One line through a cell's centre for each orientation, along the edge that votes for it: (bins, unit, unit)."""
+    # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
+    angle = (torch.arange(bins, device=device) + 0.5) / bins * math.pi
+    along_row, along_column = -torch.sin(angle), torch.cos(angle)
+    place = torch.arange(unit, device=device) - (unit - 1) / 2
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    distance = (row[None] * along_column[:, None, None] - column[None] * along_row[:, None, None]).abs()
+    return (1 - distance).clamp_min(0) * (row**2 + column**2 <= (unit / 2) ** 2)

@@ -1,0 +1,125 @@
+"""What is learned, how fast, and with how much weight decay: parameter groups, optimizers and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate at a step: a straight warm-up, then half a cosine, or a staircase where there are milestones.
+
+    lr:         after the warm-up; absolute, as are all rates here
+    steps:      optimizer steps of the whole run; times are in steps, fractions of one are fine
+    warmup:     steps from `warmup_lr` to `lr`
+    min_lr:     where the cosine ends
+    origin:     step at which the cosine is at its top, the end of the warm-up unless given. SimMIM's cosine runs from
+                step 0, beneath the warm-up; BEiT's tops at `warmup` = W - 1 and again at `origin` = W
+    milestones: steps after each of which `lr` is multiplied by `gamma`, instead of the cosine
+    """
+
+    lr: float
+    steps: float
+    warmup: float = 0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    origin: float | None = None
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+
+    def __call__(self, step: float) -> float:
+        if step < self.warmup:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup
+        if self.milestones:
+            return self.lr * self.gamma ** bisect_right(self.milestones, step)
+        if step >= self.steps:
+            return self.min_lr
+        origin = self.warmup if self.origin is None else self.origin
+        if step <= origin:
+            return self.lr
+        cosine = math.cos(math.pi * (step - origin) / (self.steps - origin))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + cosine)
+
+
+def parameter_groups(
+    task: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: Sequence[str] = ()
+) -> list[dict]:
+    """The trainable parameters, grouped by learning rate and weight decay; frozen ones are left out.
+
+    Biases, norms and all else of at most one dimension are not decayed, nor is a parameter whose name contains any of
+    the words of `no_decay`. Each group has an "lr_scale": layer_decay ** (n - k) for list k, from 0, of the n of
+    `task.encoder.layers`, and 1 for the head and all else (BEiT, MAE). ValueError if there is nothing to train.
+    """
+    layers = task.encoder.layers if layer_decay != 1 else []
+    scales = {id(p): layer_decay ** (len(layers) - k) for k, layer in enumerate(layers) for p in layer}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in task.named_parameters():
+        if p.requires_grad:
+            spared = p.ndim <= 1 or name.endswith(".bias") or any(word in name for word in no_decay)
+            groups.setdefault((scales.get(id(p), 1.0), 0.0 if spared else weight_decay), []).append(p)
+    if not groups:
+        raise ValueError(f"nothing to train: every parameter of {type(task).__name__} is frozen")
+    return [{"params": ps, "lr_scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
+
+
+def build_optimizer(
+    task: nn.Module,
+    name: str = "adamw",
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
+    momentum: float = 0.9,
+    layer_decay: float = 1.0,
+    no_decay: Sequence[str] = (),
+) -> Optimizer:
+    """AdamW ("adamw"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
+
+    Its learning rate is 0: the loop sets each group's before every step, to the schedule's times "lr_scale".
+    ValueError if the name is another or nothing is trainable.
+    """
+    groups = parameter_groups(task, weight_decay, layer_decay, no_decay)
+    if name == "adamw":
+        fusable = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+        return AdamW(groups, lr=0.0, betas=tuple(betas), fused=fusable)  # on a CPU too it is several times faster
+    if name == "lars":
+        return LARS(groups, lr=0.0, momentum=momentum)
+    if name == "sgd":
+        return SGD(groups, lr=0.0, momentum=momentum)
+    raise ValueError(f"no optimizer {name!r}: there are adamw, lars and sgd")
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose step for each weight matrix is in proportion to the norm of that matrix (You et al. 2017).
+
+    As for linear probes in MoCo v3 and MAE: what has at most one dimension gets neither `trust` nor weight decay.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+        return loss
+
+    def update(self, p: nn.Parameter, group: dict) -> None:
+        change = p.grad
+        if p.ndim > 1:
+            change = change.add(p, alpha=group["weight_decay"])
+            size, pull = p.norm(), change.norm()
+            ratio = torch.where((size > 0) & (pull > 0), group["trust"] * size / pull, 1.0)  # no sync with the GPU
+            change = change * ratio
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        p.sub_(state["momentum"].mul_(group["momentum"]).add_(change), alpha=group["lr"])
