@@ -96,6 +96,12 @@ def test_pooling_norm_and_head_are_as_written():
         torch.testing.assert_close(task.logits(images), vector @ task.head.weight.T + task.head.bias)
 
 
+def test_class_token_is_taken_as_it_is():
+    task, images = Classify(Tiny(prefix=True, normed=True), 7, "cls").eval(), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(task.head.weight)
+    torch.testing.assert_close(task.logits(images), task.encoder(images).prefix[:, 0] @ task.head.weight.T)
+
+
 def test_norms_and_initial_heads():
     assert isinstance(Classify(Tiny(normed=True), 7).norm, nn.Identity)
     probe = Classify(Tiny(dim=512), 100, frozen=True)
@@ -117,6 +123,7 @@ def test_frozen_encoder_is_the_same_to_the_bit_after_a_step():
     before, head = copy.deepcopy(task.encoder.state_dict()), task.head.weight.detach().clone()
     step(task, batch())
     assert not any(part.training for part in task.encoder.modules()) and task.head.training
+    assert not any(p.requires_grad for p in task.encoder.parameters())  # so that the optimizer leaves them out
     assert all(torch.equal(before[key], value) for key, value in task.encoder.state_dict().items())
     assert not torch.equal(task.head.weight, head)
 

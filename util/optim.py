@@ -81,27 +81,28 @@ def build_optimizer(
     """AdamW ("adamw"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
 
     Its learning rate is 0: the loop sets each group's before every step, to the schedule's times "lr_scale".
+    All three are fused or act like it: where the tensor `optimizer.found_inf` is 1, a step changes nothing.
     ValueError if the name is another or nothing is trainable.
     """
     groups = parameter_groups(task, weight_decay, layer_decay, no_decay)
     if name == "adamw":
-        fusable = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-        return AdamW(groups, lr=0.0, betas=tuple(betas), fused=fusable)  # on a CPU too it is several times faster
+        return AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)  # on a CPU too it is several times faster
     if name == "lars":
         return LARS(groups, lr=0.0, momentum=momentum)
     if name == "sgd":
-        return SGD(groups, lr=0.0, momentum=momentum)
+        return SGD(groups, lr=0.0, momentum=momentum, fused=True)
     raise ValueError(f"no optimizer {name!r}: there are adamw, lars and sgd")
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step for each weight matrix is in proportion to the norm of that matrix (You et al. 2017).
+    """SGD with momentum whose step for a weight matrix is in proportion to that matrix's norm (You et al. 2017).
 
     As for linear probes in MoCo v3 and MAE: what has at most one dimension gets neither `trust` nor weight decay.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -122,4 +123,7 @@ class LARS(Optimizer):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        p.sub_(state["momentum"].mul_(group["momentum"]).add_(change), alpha=group["lr"])
+        momentum = state["momentum"] * group["momentum"] + change
+        keep = self.found_inf.bool()
+        state["momentum"].copy_(torch.where(keep, state["momentum"], momentum))
+        p.sub_(torch.where(keep, 0.0, momentum), alpha=group["lr"])

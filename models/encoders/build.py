@@ -16,23 +16,34 @@ from models.encoders.vit import ViT
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
 
 
-def build_encoder(name: str, in_chans: int = 3, **args) -> Encoder:
+def build_encoder(name: str, in_chans: int = 3, img_size: int | tuple[int, int] | None = None, **args) -> Encoder:
     """Any plain or hierarchical backbone of timm as an Encoder, without pretrained weights.
 
-    `args` are those of ViT, Pyramid or ConvNeXt, or go on to timm. ValueError for an unknown name or argument,
-    naming the nearest one.
+    img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
+              others, and those too in use, take any size
+    args:     those of ViT, Pyramid or ConvNeXt, or timm's
+
+    ValueError for an unknown name or argument, naming the nearest one.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f'no encoder is called "{name}"; the nearest are {", ".join(near) or "in timm.list_models()"}')
     family = encoder_class(name)
+    sized = {} if img_size is None else {"img_size": img_size}
     try:
-        return family(name, in_chans, **args)
+        try:
+            encoder = family(name, in_chans, **sized, **args)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            encoder = family(name, in_chans, **args)  # this family asks for no size
     except TypeError as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown not in args:
             raise
         raise ValueError(unknown_argument(name, unknown, family, error)) from error
+    encoder.plan = {"name": name, "in_chans": in_chans, "args": sized | args}
+    return encoder
 
 
 def encoder_class(name: str) -> type[Encoder]:

@@ -18,6 +18,7 @@ class Encoder(nn.Module):
     overlaps: neighbouring patches share pixels, so a token sees beyond its own patch
     skips:    `encode` honours a mask
     normed:   the last map is already layer-normalised
+    plan:     how to build it again: {"name", "in_chans", "args"}
     """
 
     in_chans: int
@@ -28,6 +29,7 @@ class Encoder(nn.Module):
     overlaps: bool = False
     skips: bool = False
     normed: bool = True
+    plan: dict
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:

@@ -52,11 +52,11 @@ class Pyramid(Encoder):
         """Pixels per token, channels of a token, and whether channels come last: read off one image."""
         weight = next(self.stem.parameters())
         training = self.stem.training
-        with torch.no_grad():  # the image is not square, so that its sides tell rows and columns from channels
-            image = weight.new_zeros(1, self.in_chans, 64, 128)
+        with torch.no_grad():  # the image is three times as wide as high: no number of channels looks like its rows
+            image = weight.new_zeros(1, self.in_chans, 64, 192)
             shape = self.stem.eval()(image).shape
         self.stem.train(training)
-        channels_last = shape[2] == 2 * shape[1]
+        channels_last = shape[2] == 3 * shape[1]
         return (64 // shape[1], shape[3], True) if channels_last else (64 // shape[2], shape[1], False)
 
     def group(self, stem: str) -> dict[str, int]:

@@ -139,7 +139,7 @@ class ViT(Encoder):
         return [{"rope": angles[i] if each else angles} for i in range(depth)]
 
     def bias(self, table: Tensor, index: Tensor, h: int, w: int, rows: Tensor | None) -> Tensor:
-        """Attention biases between places, (1, heads, 1 + hw, 1 + hw), or between the visible, (B, heads, 1 + n, 1 + n)."""
+        """Attention biases between places (1, heads, 1 + hw, 1 + hw), or visible ones (B, heads, 1 + n, 1 + n)."""
         if (h, w) != self.window:
             places, rest = table[:-3], table[-3:]
             square = rearrange(places, "(p q) m -> 1 m p q", p=2 * self.window[0] - 1)

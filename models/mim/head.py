@@ -39,7 +39,7 @@ class LinearHead(nn.Module):
 class Decoder(nn.Module):
     """A small transformer over the last map (MAE, FastMIM).
 
-    depth, width, heads: of its blocks
+    depth, width, heads, mlp_ratio: of its blocks
     fill:      write a learned token into the hidden cells, which an encoder that skips them left empty (MAE)
     positions: add sine-cosine positions (MAE; FastMIM's encoder saw every cell and does without both)
     """
@@ -53,6 +53,7 @@ class Decoder(nn.Module):
         heads: int = 16,
         fill: bool = True,
         positions: bool = True,
+        mlp_ratio: float = 4.0,
     ):
         super().__init__()
         if width % heads:
@@ -60,7 +61,8 @@ class Decoder(nn.Module):
         norm = partial(nn.LayerNorm, eps=norm_eps(encoder))
         self.stride, self.positions = encoder.strides[-1], positions
         self.project = nn.Linear(encoder.dims[-1], width)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        block = partial(Block, width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+        self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.norm = norm(width)
         self.cells = Cells(width, self.stride, target.unit, target.dim)
         xavier(self)

@@ -44,8 +44,8 @@ class Replace(nn.Module):
         super().__init__()
         if encoder.overlaps:
             raise ValueError(
-                f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so visible "
-                "tokens would see hidden pixels: hide with Paint (fastmim) instead"
+                f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
+                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead"
             )
         self.encoder, self.fill = encoder, Fill(encoder.width)
 

@@ -39,7 +39,7 @@ def hide_top(scores: Tensor, ratio: float, unit: int) -> Mask:
 
 
 def grid(images: Tensor, unit: int) -> tuple[int, int, int]:
-    """Batch size, and cells down and across. ValueError, naming the nearest sizes, if the unit does not divide a side."""
+    """Batch size, cells down, cells across. ValueError, naming the nearest sizes, if the unit divides a side unevenly."""
     b, _, *sides = images.shape
     for side in sides:
         if side % unit:
@@ -72,6 +72,7 @@ class BlockMasker:
     unit:   side of a cell in pixels
     ratio:  hidden part of the cells, exact (BEiT's own counts vary from image to image)
     least:  cells of the smallest rectangle (BEiT: 16)
+    most:   cells of the largest rectangle; as many as may still be hidden, if not given
     aspect: narrowest ratio of a rectangle's sides; the widest is its inverse
     """
 
@@ -79,6 +80,7 @@ class BlockMasker:
     ratio: float
     least: int = 16
     aspect: float = 0.3
+    most: int | None = None
     draws: int = 32  # rectangles drawn for each image; enough to reach the ratio nearly always
 
     def __call__(self, images: Tensor) -> Mask:
@@ -88,7 +90,7 @@ class BlockMasker:
         rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
         for order in range(self.draws, 0, -1):  # earlier rectangles score higher, so that cutting spares them
             u = torch.rand(4, b, device=images.device)
-            area = self.least + u[0] * (room - self.least)
+            area = self.least + u[0] * (room.clamp(max=self.most or h * w) - self.least)
             slant = torch.exp((2 * u[1] - 1) * -math.log(self.aspect))
             tall, wide = (area * slant).sqrt().round(), (area / slant).sqrt().round()
             top, left = (u[2] * (h - tall + 1)).floor(), (u[3] * (w - wide + 1)).floor()

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 class Target(nn.Module):
     """Turns images into one vector per cell.
 
-    unit: side of a cell, in pixels
-    dim:  numbers that a head guesses for each cell
+    unit:   side of a cell, in pixels
+    dim:    numbers that a head guesses for each cell
+    glyphs: `picture` draws signs in place of pixels
+    note:   what one must know to read a picture
     """
 
     unit: int
     dim: int
+    glyphs: bool = False
+    note: str = ""
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
@@ -34,6 +38,8 @@ class Pixels(Target):
     def __init__(self, unit: int, in_chans: int, normalize: bool):
         super().__init__()
         self.unit, self.dim, self.normalize = unit, unit**2 * in_chans, normalize
+        if normalize:
+            self.note = "Mean and contrast of each guessed cell are borrowed from the original."
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -57,6 +63,9 @@ class HOG(Target):
     A pixel votes with its gradient's magnitude for one of `bins` orientations between 0 and 180 degrees; no blur, no
     sharing between bins or cells, no block normalisation. Numbers of a cell are ordered (channel, bin).
     """
+
+    glyphs = True
+    note = "Strokes follow the edges in a cell; dim ones are a hesitant guess."
 
     def __init__(self, unit: int, in_chans: int, bins: int = 9, normalize: bool = True):
         super().__init__()
@@ -82,11 +91,15 @@ class HOG(Target):
         return rearrange(cells, "b c h w n -> b h w (c n)")
 
     def picture(self, guess: Tensor, images: Tensor) -> Tensor:
-        """Guessed histograms as glyphs (B, C, H, W) in [0, 1]: in each cell, a stroke along each orientation of edge."""
-        strokes = edge_strokes(self.bins, self.unit, guess.device)  # (bins, unit, unit)
-        votes = rearrange(guess.float().clamp_min(0), "b h w (c n) -> b c h w n", n=self.bins)
-        drawn = torch.einsum("bchwn,npq->bchpwq", votes, strokes)
-        return rearrange(drawn, "b c h p w q -> b c (h p) (w q)").clamp(0, 1)
+        """Guessed histograms as glyphs (B, 1, n H, n W) in [0, 1]: in each cell, a stroke along each kind of edge.
+
+        A stroke is as bright as its bin's square, averaged over the channels: a cell's strokes share a light of 1, and
+        a hesitant guess is dim. `n` is the least whole number that gives a glyph 12 px to be seen in.
+        """
+        side = self.unit * math.ceil(12 / self.unit)
+        light = reduce(guess.float().clamp_min(0).square(), "b h w (c n) -> b h w n", "mean", n=self.bins)
+        drawn = torch.einsum("bhwn,npq->bhpwq", light, edge_strokes(self.bins, side, guess.device))
+        return rearrange(drawn, "b h p w q -> b 1 (h p) (w q)").clamp(0, 1)
 
 
 def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def knn(
     temperature: float = 0.07,
     chunk: int = 8192,
 ) -> float:
-    """Top-1 of a vote of the `k` training images nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018).
+    """Top-1 of a vote of the `k` nearest training images, weighted exp(cosine / temperature) (Wu et al. 2018).
 
     train_features (N, C), test_features (M, C): this process's own; all processes' training images vote, all their
     test images count. Memory stays at N + M features and `chunk` x `chunk` / 8 cosines.
@@ -68,6 +68,7 @@ def vote(labels: Tensor, weights: Tensor) -> Tensor:
     return labels.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
 
 
+@torch.enable_grad()
 def linear(
     train_features: Tensor,
     train_labels: Tensor,
@@ -81,27 +82,25 @@ def linear(
 ) -> float:
     """Top-1 of a linear classifier on standardised features: a linear probe without augmentation, in seconds.
 
-    Each process brings its own features, holds and fits the training features of all (AdamW, cosine), and tests its own.
+    Each process brings its own features, holds and fits the training features of all (AdamW, cosine) and tests its own.
     """
     inputs, labels = torch.cat(list(everyone(train_features))), torch.cat(list(everyone(train_labels)))
     if not len(labels):
         raise ValueError("linear: there is no labelled training image")
     std, mean = torch.std_mean(inputs, 0, unbiased=False)
-    head = nn.Linear(inputs.shape[1], int(labels.max()) + 1, device=inputs.device)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
+    inputs, tests = (inputs - mean) / (std + 1e-6), (test_features - mean) / (std + 1e-6)
+    weight = inputs.new_zeros(int(labels.max()) + 1, inputs.shape[1], requires_grad=True)
+    bias = inputs.new_zeros(len(weight), requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(labels) // batch))
     generator = torch.Generator().manual_seed(seed)
-    standard = lambda x: (x - mean) / (std + 1e-6)  # noqa: E731
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for rows in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch):
-                optimizer.zero_grad()
-                F.cross_entropy(head(standard(inputs[rows])), labels[rows]).backward()
-                optimizer.step()
-                cosine.step()
-    with torch.no_grad():
-        return share_right(head(standard(test_features)).argmax(1), test_labels)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch):
+            loss = F.cross_entropy(F.linear(inputs[rows], weight, bias), labels[rows])
+            weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
+            optimizer.step()
+            cosine.step()
+    return share_right(F.linear(tests, weight, bias).argmax(1), test_labels)
 
 
 def share_right(guesses: Tensor, labels: Tensor) -> float:

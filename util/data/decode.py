@@ -1,4 +1,3 @@
-import io
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -68,8 +67,9 @@ def _decode_picture(image: Image.Image, keep_alpha: bool) -> np.ndarray:
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in DEEP:
-        pixels = np.array(image)[..., None]  # mode "I" is how Pillow gives 16 bits of formats other than TIFF
-        return _unit(pixels if image.mode == "F" else pixels.astype(np.uint16))
+        pixels = np.array(image)[..., None]
+        wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")  # elsewhere "I" holds 16 bits
+        return _unit(pixels if wide else pixels.astype(np.uint16))
     gray = image.mode in GRAY
     if not image.has_transparency_data:
         pixels = np.array(image.convert("L" if gray else "RGB"))
@@ -79,7 +79,7 @@ def _decode_picture(image: Image.Image, keep_alpha: bool) -> np.ndarray:
 
 
 def _peek_picture(image: Image.Image) -> Header:
-    bits = 16 if image.mode in DEEP else 8
+    bits = 8 if image.mode not in DEEP else 32 if image.mode == "F" else 16
     channels = 1 if image.mode in GRAY | DEEP else 3
     return Header(f"{(image.format or '?').lower()} {image.mode}", *image.size, channels, bits)
 
@@ -131,7 +131,7 @@ def _peek_tiff(file: BinaryIO) -> Header:
 
 
 def _is_picture(page, series) -> bool:
-    """Whether a TIFF is what Pillow reads rightly: at most 8 bits, and one, three or four samples with a known meaning."""
+    """Whether a TIFF is what Pillow reads rightly: at most 8 bits, and every sample with a known meaning."""
     if not isinstance(page.bitspersample, int) or page.bitspersample > 8 or "Q" in series.axes or "C" in series.axes:
         return False
     if page.photometric in (PALETTE, SEPARATED, YCBCR, CIELAB):
@@ -194,7 +194,3 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return pixels
-
-
-def as_bytes(file: BinaryIO) -> io.BytesIO:
-    return io.BytesIO(file.read())

@@ -37,7 +37,9 @@ class Dice:
 
 
 def hash_names(names, purpose: str) -> np.ndarray:
-    """(n,) uint64 that depend on each name and the purpose only: a shuffle that neither order nor machine can change."""
+    """(n,) uint64 that follow from each name and the purpose alone: a shuffle that no order or machine can change."""
     key = purpose.encode()
-    digests = (hashlib.blake2b(name.encode("utf8", "surrogateescape"), digest_size=8, key=key).digest() for name in names)
+    digests = (
+        hashlib.blake2b(name.encode("utf8", "surrogateescape"), digest_size=8, key=key).digest() for name in names
+    )
     return np.frombuffer(b"".join(digests), "<u8")

@@ -1,0 +1,91 @@
+"""See what a pretrained encoder is for: fine-tune it, probe it linearly, or ask its nearest neighbours.
+
+python main_finetune.py --config configs/finetune/mae_vit_base.yaml --weights output/mae/encoder.safetensors
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from util.config import Finetune, build, read
+from util.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    finetune(*read(Finetune, argv))
+
+
+def finetune(config: Finetune, plain: dict) -> dict[str, float]:
+    """One transfer of a config, from its beginning or from where its folder left it; gives the final figures."""
+    from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
+    from models.encoders.weights import load_encoder, load_normalization
+    from models.transfer.frozen import features, knn
+    from models.transfer.recipes import TASKS
+    from util import checkpoint, start
+    from util.data.loader import read_schedule
+    from util.data.transforms import Augment
+    from util.optim import build_optimizer
+    from util.train import precision, seed, train
+
+    data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    device, log = start.begin(run, plain)
+    size = read_schedule(data.size)[-1][1]
+    changes = {"img_size": size} | config.changes
+    seed(run.seed)
+    if config.weights == "none":
+        if config.encoder is None:
+            raise UserError("weights is none, so encoder.name has to say what to build")
+        found, stored = start.find_data(data, run.seed, True, None, log), None
+        with start.told("encoder"):
+            encoder = build_encoder(config.encoder.name, found.train.channels, **config.encoder.args | changes)
+    else:
+        if data.in_chans is not None:
+            changes["in_chans"] = data.in_chans
+        with start.told("weights"):
+            encoder = load_encoder(config.weights, config.allow_partial, log, **changes)
+            stored = load_normalization(config.weights)
+        found = start.find_data(data, run.seed, True, encoder.in_chans, log)
+    mean, std = start.normalization(data, found.train, stored, log)
+    encoder.to(device).set_grad_checkpointing(run.checkpointing)
+    start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
+    tests = start.test_batches(data, run, found.val, mean, std, device)
+
+    def nearest_neighbours(pool: str = "mean", k: int = 20, temperature: float = 0.07) -> dict[str, float]:
+        bank = start.test_batches(data, run, found.train, mean, std, device)
+        with precision(device, run.dtype):
+            return {"top1": knn(*features(encoder, bank, pool), *features(encoder, tests, pool), k, temperature)}
+
+    if config.task.name == "knn":
+        figures = build("task", config.task, {"knn": nearest_neighbours, **TASKS})
+        log.figures(0, figures)
+    else:
+        task = build("task", config.task, {**TASKS, "knn": None}, encoder, len(found.classes)).to(device)
+        start.try_sizes(task, data, encoder.in_chans, device)
+        auto = None if data.augment == "none" else data.augment
+        crop = {"scale": data.scale, "flip": data.flip, "interpolation": data.interpolation}
+        depth = {"channels": found.train.channels, "bits": found.survey.bits}
+        augment = Augment(mean, std, auto, data.jitter, data.erase, **crop, **depth)
+        loader = start.train_loader(data, run, found.train, augment, mean, std, device)
+        lr_at = start.schedule(optim, loader, run, log)
+        optimizer = build_optimizer(
+            task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
+        )
+
+        def evaluate(step: int) -> dict[str, float]:
+            figures = task.evaluate(tests)
+            log("          " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+            normalization = {"mean": mean, "std": std, "size": size}
+            checkpoint.export(folder / "encoder.safetensors", task.judged.encoder, normalization)
+            return figures
+
+        figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate)
+    start.report(folder, figures)
+    log(f"{config.task.name} of {config.weights}: top-1 {figures['top1']:.4f}, in {folder / 'report.json'}")
+    log.close()
+    return figures
+
+
+if __name__ == "__main__":
+    from util.start import command
+
+    command(main)

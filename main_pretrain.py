@@ -1,0 +1,86 @@
+"""Pretrain an encoder by masked image modeling.
+
+python main_pretrain.py --config configs/pretrain/mae_vit_base.yaml --data.root /path/to/images
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from util.config import Pretrain, build, read
+from util.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    pretrain(*read(Pretrain, argv))
+
+
+def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
+    """One run of a config, from its beginning or from where its folder left it; gives the final figures."""
+    from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
+    from models.mim.health import health, verdict
+    from models.mim.picture import reconstruct
+    from models.mim.recipes import METHODS
+    from models.transfer.frozen import features, knn
+    from util import checkpoint, start
+    from util.data.loader import read_schedule
+    from util.data.transforms import RandomCrop
+    from util.optim import build_optimizer
+    from util.train import seed, train
+    from util.visualize import panel, save_panel
+
+    data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    device, log = start.begin(run, plain)
+    try:
+        found = start.find_data(data, run.seed, True, None, log)
+    except UserError:  # without labels there is no k-NN to watch; all else is the same
+        found = start.find_data(data, run.seed, False, None, log)
+    mean, std = start.normalization(data, found.train, None, log)
+
+    seed(run.seed)
+    size, channels = read_schedule(data.size)[0][1], found.train.channels
+    with start.told("encoder"):
+        encoder = build_encoder(config.encoder.name, channels, **{"img_size": size} | config.encoder.args)
+    encoder.set_grad_checkpointing(run.checkpointing)
+    task = build("method", config.method, METHODS, encoder).to(device)
+    start.try_sizes(task, data, channels, device)
+    start.describe(config.encoder.name, encoder, channels, size, log)
+
+    crop = RandomCrop(data.scale, flip=data.flip, interpolation=data.interpolation)
+    loader = start.train_loader(data, run, found.train, crop, mean, std, device)
+    lr_at = start.schedule(optim, loader, run, log)
+    optimizer = build_optimizer(
+        task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
+    )
+    held_out = start.test_batches(data, run, found.val, mean, std, device, run.probe)
+    bank = start.test_batches(data, run, found.train, mean, std, device, run.probe)
+    last: dict[str, float] = {}
+
+    def evaluate(step: int) -> dict[str, float]:
+        figures = health(task, held_out, run.seed)
+        if found.classes is not None:
+            figures["knn"] = knn(*features(encoder, bank), *features(encoder, held_out))
+        epoch = step / loader.steps_per_epoch
+        log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
+        last.update(figures=figures, epoch=epoch)
+        images = next(iter(held_out))["image"][: run.panel]
+        pictures = reconstruct(task, images, mean, std, run.seed)
+        if pictures is not None:
+            sheet = panel(pictures.columns, pictures.caption)
+            log.picture(step, "reconstruction", sheet)
+            save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
+        checkpoint.export(folder / "encoder.safetensors", encoder, {"mean": mean, "std": std, "size": size})
+        return figures
+
+    figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate)
+    start.report(folder, figures)
+    log(f"encoder in {folder / 'encoder.safetensors'}, panels in {folder / 'reconstructions'}, "
+        f"figures in {folder / 'report.json'}; curves: tensorboard --logdir {folder / 'tensorboard'}")  # fmt: skip
+    log.close()
+    return figures
+
+
+if __name__ == "__main__":
+    from util.start import command
+
+    command(main)

@@ -1,0 +1,300 @@
+"""Weights from files into encoders: our own `encoder.safetensors`, or the checkpoints of official repositories."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from scipy.interpolate import RectBivariateSpline
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from models.encoders import released
+from models.encoders.build import build_encoder
+from models.encoders.encoder import Encoder
+from models.encoders.layers import sincos
+from models.encoders.released import State
+from models.encoders.vit import ViT
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def load_encoder(
+    source: str, allow_partial: bool = False, log: Callable[[str], None] | None = None, **changes
+) -> Encoder:
+    """The encoder of a file, with its weights.
+
+    source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
+                   "convnextv2:" and the path of a checkpoint of that repository, whose sizes are read off its tensors
+    allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
+    log:           receives one line on what was read, resized and ignored
+    changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;
+                   `encoder` is another name to build
+
+    ValueError in one line if the file cannot be read or does not fit.
+    """
+    kind, path = parse(source)
+    state, metadata = read(path)
+    ignored: Counter[str] = Counter()
+    if kind:
+        name, in_chans, args, state, ignored = translate(kind, state, path)
+    else:
+        name, in_chans, args = own_plan(metadata, path)
+    name, in_chans = changes.pop("encoder", name), changes.pop("in_chans", in_chans)
+    try:
+        if (args | changes).get("num_heads", 1) is None:
+            raise ValueError("the file does not tell how many attention heads its encoder has: give num_heads")
+        encoder = build_encoder(name, in_chans, **args | changes)
+        line = load_state(encoder, state, allow_partial, ignored, args.get("img_size"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if log is not None:
+        log(f"{path}: {line}")
+    return encoder
+
+
+def load_normalization(source: str) -> dict:
+    """The {"mean", "std", ...} by which images were normalised when the encoder of `source` was trained."""
+    kind, path = parse(source)
+    if kind:
+        return dict(IMAGENET)
+    metadata = read(path)[1]
+    if "normalization" not in metadata:
+        raise ValueError(f"{path} does not say how its images were normalised")
+    return json.loads(metadata["normalization"])
+
+
+def parse(source: str) -> tuple[str, Path]:
+    """The repository that a source is from, empty for our own, and its path. ValueError if there is no such file."""
+    kind, _, rest = source.partition(":")
+    if kind not in released.KINDS:
+        kind, rest = "", source
+    path = Path(rest)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        kinds = ", ".join(f"{kind}:PATH" for kind in released.KINDS)
+        raise ValueError(f"there are no weights at {path}: give our encoder.safetensors, or {kinds}")
+    return kind, path
+
+
+def read(path: Path) -> tuple[State, dict[str, str]]:
+    """The tensors of a file by key, and its metadata if it has any. ValueError if it is cut short."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE stores its options beside the weights
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        why = str(error).strip().split("\n")[0][:120]
+        raise ValueError(f"{path} cannot be read, it may be cut short: {why}") from error
+    for key in ("model", "state_dict", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not state:
+        raise ValueError(f"{path} holds no tensors by name")
+    return {key.removeprefix("module."): value for key, value in state.items()}, {}
+
+
+def own_plan(metadata: dict[str, str], path: Path) -> tuple[str, int, dict]:
+    """How to build the encoder of our own file: name, in_chans, arguments."""
+    if "encoder" not in metadata:
+        kinds = ", ".join(f"{kind}:{path}" for kind in released.KINDS)
+        raise ValueError(f"{path} does not say which encoder it holds; if it is another repository's, write {kinds}")
+    plan = json.loads(metadata["encoder"])
+    return plan["name"], plan["in_chans"], plan["args"]
+
+
+def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, State, Counter[str]]:
+    """An official state in our keys, with how to build its encoder and what of it is not the encoder's."""
+    rename, describe = released.source(kind, state)
+    released.check_derived(state)
+    try:
+        name, args = describe(state)
+    except KeyError as error:
+        raise ValueError(f"{path} is no checkpoint of {kind}: it has no {error.args[0]}") from error
+    ours, ignored = {}, Counter()
+    for key, value in state.items():
+        new = rename(key)
+        if new is not None:
+            ours[new] = value
+        else:
+            ignored[what(key)] += 1
+    stem = next(value for key, value in ours.items() if value.ndim == 4)
+    return name, stem.shape[1], args, ours, ignored
+
+
+def what(key: str) -> str:
+    """What a key that is not the encoder's belongs to, in a word."""
+    first = key.removeprefix("encoder.").split(".")[0]
+    return "buffers" if key.endswith(released.DERIVED) else "decoder" if first.startswith("decoder") else first
+
+
+def load_state(
+    encoder: Encoder,
+    state: State,
+    allow_partial: bool = False,
+    ignored: Counter[str] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> str:
+    """Load tensors of our keys into an encoder, resized where its grid, windows or channels differ; one line on it.
+
+    img_size is what the file's encoder was built for, if known. ValueError, with figures and the first keys, if any
+    of the encoder is missing or any of the file is left over, unless allow_partial.
+    """
+    ignored, resized, misfits = Counter(ignored), Counter(), []
+    own, fitted = encoder.state_dict(), {}
+    state = share_table(encoder, state)
+    for key, value in state.items():
+        if not encoder.normed and key.startswith("vit.norm."):
+            ignored["norm"] += 1
+        elif key in own:
+            fits, how = fit(encoder, key, value, own[key], img_size)
+            resized.update([how] if how else [])
+            if fits is None:
+                misfits.append(f"{key} ({shape(value)} in the file, {shape(own[key])} here)")
+            else:
+                fitted[key] = fits
+    missing = [key for key in own if key not in fitted and key not in state]
+    unread = [key for key in state if key not in own and not (key.startswith("vit.norm.") and not encoder.normed)]
+    line = (
+        f"encoder {len(fitted)}/{len(own)} tensors, {millions(fitted)}/{millions(own)} parameters"
+        + listed("resized", [how if n == 1 else f"{how} ({n})" for how, n in resized.items()])
+        + listed("ignored", [f"{what} {n}" for what, n in ignored.items()])
+    )
+    wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
+    if wrong and not allow_partial:
+        raise ValueError(f"the weights do not fit: {line}{wrong}; allow_partial loads what fits")
+    encoder.load_state_dict(fitted, strict=False)
+    return line + named("fresh", [key for key in own if key not in fitted]) + named("unread", unread)
+
+
+def fit(
+    encoder: Encoder, key: str, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None
+) -> tuple[Tensor | None, str | None]:
+    """A tensor in the shape that the encoder wants and how it got there; None where there is no way."""
+    if key == "vit.pos_embed" and encoder.fixed:
+        return fixed_positions(encoder, value, like, img_size), None
+    if value.shape == like.shape:
+        return value, None
+    if [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]:
+        return value.reshape(like.shape), None  # a 1x1 convolution is a linear layer
+    if key.startswith(("stem.", "vit.patch_embed.")) and value.ndim == 4 and value[:, 0].shape == like[:, 0].shape:
+        return adapt_channels(value, like.shape[1]), f"{value.shape[1]} to {like.shape[1]} channels"
+    if key == "vit.pos_embed" and value.shape[2] == like.shape[2]:
+        old, new, prefix = grids(encoder, value, img_size)
+        if old is not None:
+            table = resample_abs_pos_embed(value.float(), new, old, prefix, antialias=False)
+            return table, f"positions {size(old)} to {size(new)}"
+    if re.search(r"(relative_position_bias_table|^tables\.\d+)$", key) and value.ndim == like.ndim == 2:
+        owner = encoder if key.startswith("tables.") else encoder.get_submodule(key.rpartition(".")[0])
+        window, extra = owner.window if owner is encoder else owner.window_size, 3 if owner is encoder else 0
+        old = released.window_of(value, extra)
+        if value.shape[1] == like.shape[1] and (2 * old - 1) ** 2 == len(value) - extra:
+            return resize_table(value, window, extra), f"bias tables {size((old, old))} to {size(window)}"
+    return None, None
+
+
+def grids(
+    encoder: ViT, table: Tensor, img_size: int | tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, tuple[int, int], int]:
+    """The grid of a table of positions, None if it cannot be told; that of the encoder; and the prefix tokens in it."""
+    new = tuple(encoder.vit.patch_embed.grid_size)
+    prefix = encoder.vit.pos_embed.shape[1] - math.prod(new)
+    n = table.shape[1] - prefix
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
+    known = tuple(side // encoder.patch for side in sides)
+    side, scale = math.isqrt(n), math.sqrt(n / math.prod(new))
+    for old in (known, (side, side), (round(new[0] * scale), round(new[1] * scale))):
+        if math.prod(old) == n:
+            return old, new, prefix
+    return None, new, prefix
+
+
+def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None) -> Tensor | None:
+    """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
+    old, _, prefix = grids(encoder, value, img_size)
+    if old is None or value.shape[2] != encoder.width:
+        return None
+    table = sincos(*old, encoder.width).flatten(0, 1)
+    if value[:, :prefix].any() or not torch.allclose(value[0, prefix:].float(), table, atol=1e-5):
+        raise ValueError('the file\'s positions are not the sine-cosine ones: use position="learned"')
+    return like
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """A stem's weights (D, I, p, p) for another number of channels: repeated, or summed for one; their sum stays."""
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    old = weight.shape[1]
+    return weight[:, [i % old for i in range(in_chans)]] * (old / in_chans)
+
+
+def resize_table(table: Tensor, window: tuple[int, int], extra: int = 0) -> Tensor:
+    """A table of relative positions, (n^2 + extra, heads), for another window; its last `extra` rows stay.
+
+    Offsets of the old window are spread over the new one in geometric progression, so that near places keep their
+    distances, and a bicubic spline through them is read off (BEiT, SimMIM).
+    """
+    places, rest = table[: len(table) - extra], table[len(table) - extra :]
+    n, sides = math.isqrt(len(places)), [2 * side - 1 for side in window]
+    if n == 1:
+        return torch.cat([places.expand(math.prod(sides), -1), rest])
+    degree, to = min(3, n - 1), [np.arange(side) - side // 2 for side in sides]
+    rows, columns = (spread(n, side) for side in sides)
+    heads = places.double().T.reshape(-1, n, n).numpy()
+    read = [RectBivariateSpline(rows, columns, head, kx=degree, ky=degree)(*to).ravel() for head in heads]
+    return torch.cat([torch.from_numpy(np.stack(read, -1)).to(table.dtype), rest])
+
+
+def spread(source: int, target: int) -> np.ndarray:
+    """`source` offsets around 0 whose steps grow by a factor, found by bisection, so that they reach `target` // 2."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        factor = (low + high) / 2
+        if (factor ** np.arange(source // 2)).sum() > target // 2:
+            high = factor
+        else:
+            low = factor
+    steps = np.cumsum(factor ** np.arange(source // 2))
+    return np.concatenate([-steps[::-1], [0.0], steps])
+
+
+def share_table(encoder: Encoder, state: State) -> State:
+    """A relative position table that was shared by all blocks goes to each, where each has its own (SimMIM, BEiT)."""
+    tables = [key for key in encoder.state_dict() if key.startswith("tables.")]
+    if len(tables) > 1 and [key for key in state if key.startswith("tables.")] == ["tables.0"]:
+        return state | {key: state["tables.0"].clone() for key in tables}
+    return state
+
+
+def shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def size(sides: tuple[int, int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def millions(state: State) -> str:
+    return f"{sum(value.numel() for value in state.values()) / 1e6:.1f} M"
+
+
+def listed(title: str, parts: list[str]) -> str:
+    return f"; {title}: {', '.join(parts)}" if parts else ""
+
+
+def named(title: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"; {title} {len(keys)}: {', '.join(keys[:3])}{more}" if keys else ""

@@ -1,0 +1,84 @@
+"""Pretraining checkpoints of official repositories into methods: the encoder, and the decoder beside it."""
+
+from __future__ import annotations
+
+import re
+
+from einops import rearrange
+from torch import Tensor
+
+from models.encoders import released
+from models.encoders.weights import State, named
+from models.mim.method import MIM
+from models.mim.target import HOG
+
+
+def method_key(kind: str, key: str, rename) -> str | None:
+    """Our key of MIM for an official one of "mae", "simmim" or "fastmim"; None if it is computed, not learned.
+
+    rename: the encoder's, from `released.source`
+    """
+    bare = key.removeprefix("encoder.")
+    if bare == "mask_token":
+        return "head.fill.token" if kind == "mae" else "hide.fill.token"
+    for old, new in DECODER:
+        if re.match(old, bare):
+            return re.sub(old, new, bare)
+    inner = None if bare == "decoder_pos_embed" else rename(key)
+    return None if inner is None else f"hide.encoder.{inner}"
+
+
+DECODER = (
+    (r"^decoder_embed\.", "head.project."),
+    (r"^decoder_blocks\.", "head.blocks."),
+    (r"^decoder_norm\.", "head.norm."),
+    (r"^(decoder_pred|decoder\.0)\.", "head.cells.linear."),
+)
+# the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
+ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
+
+
+def load_method_state(mim: MIM, kind: str, state: State) -> str:
+    """Load the whole official state of a "mae", "simmim" or "fastmim" pretraining model; one line on what was read.
+
+    ValueError, naming the first keys, if any tensor of the method is missing or any of the file is left over.
+    """
+    rename, _ = released.source(kind, state)
+    released.check_derived(state)
+    own, ours, unread, misfits = mim.state_dict(), {}, [], []
+    for key, value in state.items():
+        new = method_key(kind, key, rename)
+        if key == "decoder_pos_embed":
+            check_positions(value)
+        elif new is not None and new not in own:
+            unread.append(key)
+        elif new is not None:
+            value = in_our_order(mim, kind, value) if new.startswith("head.cells.") else value
+            if value.numel() != own[new].numel():
+                misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")
+            else:
+                ours[new] = value.reshape(own[new].shape)
+    missing = [key for key in own if key not in ours]
+    line = f"method {len(ours)}/{len(own)} tensors"
+    wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
+    if wrong:
+        raise ValueError(f"the weights do not fit: {line}{wrong}")
+    mim.load_state_dict(ours)
+    return line
+
+
+def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
+    """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
+    split, target, channels = mim.head.cells.split, mim.target, mim.encoder.in_chans
+    if len(value) != split**2 * target.dim:
+        return value
+    if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
+        return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)
+    sizes = {"p": split, "q": split, "y": target.unit, "x": target.unit, "c": channels}
+    return rearrange(value, f"{ORDER[kind]} ... -> (p q y x c) ...", **sizes)
+
+
+def check_positions(table: Tensor) -> None:
+    """ValueError unless a decoder's positions are the fixed ones, which ours computes."""
+    if not released.is_sincos(table):
+        raise ValueError(f"decoder_pos_embed {tuple(table.shape)} is not the sine-cosine table that this decoder adds")

@@ -1,0 +1,71 @@
+import io
+import json
+import os
+import tarfile
+from array import array
+from typing import BinaryIO
+
+import numpy as np
+
+from util.data.names import EXTENSIONS, Names
+from util.errors import UserError
+
+
+class Shards:
+    """Images inside tar files, found by their offsets, so that any of them can be read at any time."""
+
+    def __init__(self, shards: list[str], names: Names, places: np.ndarray, tags: Names | None):
+        self.shards, self.names, self.tags = shards, names, tags
+        self.places = places  # (n, 3): shard, offset and size in bytes
+
+    def path(self, i: int) -> str:
+        return f"{self.shards[self.places[i, 0]]}/{self.names[i].partition('/')[2]}"
+
+    def open(self, i: int) -> BinaryIO:
+        shard, offset, size = self.places[i].tolist()
+        with open(self.shards[shard], "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    def tag(self, i: int) -> str | None:
+        return (self.tags[i] or None) if self.tags else None
+
+
+def scan_shards(shards: list[str], labels: bool) -> Shards:
+    """Read the headers of tar files in webdataset's convention: members that differ by extension are one sample."""
+    from webdataset.tariterators import base_plus_ext
+
+    names, places, tags = [], array("q"), []
+    for number, shard in enumerate(shards):
+        if not os.path.exists(shard):
+            raise UserError(f"the shard {shard} does not exist")
+        images: dict[str, tarfile.TarInfo] = {}
+        labelled: dict[str, str] = {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    key, extension = base_plus_ext(member.name)
+                    if not member.isreg() or key is None:
+                        continue
+                    if ("." + extension.lower()).endswith(EXTENSIONS):
+                        images.setdefault(key, member)
+                    elif labels and extension in ("cls", "json"):
+                        labelled[key] = _tag(extension, tar.extractfile(member).read()) or labelled.get(key, "")
+        except tarfile.TarError as error:
+            raise UserError(f"the shard {shard} cannot be read as an uncompressed tar file: {error}") from error
+        for key, member in images.items():
+            names.append(f"{os.path.basename(shard)}/{member.name}")
+            places.extend((number, member.offset_data, member.size))
+            tags.append(labelled.get(key, ""))
+    if not names:
+        raise UserError(f"0 images in {len(shards)} tar files such as {shards[0]} (looked for {' '.join(EXTENSIONS)})")
+    return Shards(shards, Names(names), np.array(places).reshape(-1, 3), Names(tags) if any(tags) else None)
+
+
+def _tag(extension: str, data: bytes) -> str:
+    if extension == "cls":
+        return data.decode().strip()
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        return str(content)
+    return next((str(content[key]) for key in ("label", "cls", "class") if key in content), "")

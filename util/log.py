@@ -1,0 +1,62 @@
+"""Where a run's figures go: the console, log.jsonl and TensorBoard; only the main process writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from util import dist
+
+
+class Log:
+    """Writes a run's figures and remarks.
+
+    folder: gets log.jsonl, one object a line, and tensorboard/
+    """
+
+    def __init__(self, folder: Path):
+        self.writer = self.file = None
+        if dist.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help need not wait for
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, text: str) -> None:
+        """A remark, for the console and for log.jsonl."""
+        if self.file is not None:
+            print(text, flush=True)
+            self.file.write(json.dumps({"time": round(time.time(), 1), "text": text}) + "\n")
+
+    def figures(self, step: int, figures: dict[str, float], line: str = "") -> None:
+        """Numbers at a step, for log.jsonl and TensorBoard; `line` says them on the console."""
+        if self.file is not None:
+            if line:
+                print(line, flush=True)
+            plain = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
+            self.file.write(json.dumps({"time": round(time.time(), 1), "step": step, **plain}) + "\n")
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """An image (H, W, 3) uint8 for TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.writer.close()
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 7270 -> "2:01:10" """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

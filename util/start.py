@@ -1,0 +1,163 @@
+"""What both mains do before and after training: errors, folder, data, learning rate, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+
+from util import dist, flops
+from util.config import Data, Optim, Run, claim_folder
+from util.data.bad import BadImages
+from util.data.images import Dataset, Images, open_images
+from util.data.loader import Loader, Ordered, read_schedule
+from util.data.survey import measure, pick
+from util.data.transforms import CentreCrop, Transform
+from util.errors import UserError
+from util.log import Log
+from util.optim import Schedule
+
+
+def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
+    """Join the other processes, claim the run's folder, open its log."""
+    device = dist.init(run.device)
+    if run.dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"run.dtype is {run.dtype}, but has to be bfloat16, float16 or float32")
+    with dist.main_first():
+        if dist.rank() == 0:
+            claim_folder(Path(run.folder), plain)
+    return device, Log(Path(run.folder))
+
+
+def find_data(data: Data, seed: int, labels: bool, channels: int | None, log: Log) -> Dataset:
+    """Open data.root and say what was found there."""
+    with dist.main_first():
+        found = open_images(data.root, data.val, labels, data.in_chans or channels, data.fraction, data.labels, seed)
+    log(str(found.survey))
+    return found
+
+
+def normalization(data: Data, images: Images, stored: dict | None, log: Log) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel: those of the config, else those stored with the weights, else measured."""
+    channels = images.channels
+    if data.mean and data.std:
+        mean, std, source = data.mean, data.std, "given"
+    elif stored and len(stored["mean"]) == channels:
+        mean, std, source = stored["mean"], stored["std"], "stored with the weights"
+    else:
+        (mean, std), source = measure(images), "measured"
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(f"data.mean and data.std have {len(mean)} and {len(std)} numbers for {channels} channels")
+    three = lambda numbers: ", ".join(f"{x:.4g}" for x in numbers)
+    log(f"channels  mean {three(mean)}, std {three(std)} ({source})")
+    return mean, std
+
+
+def train_loader(
+    data: Data, run: Run, images: Images, transform: Transform, mean: Sequence, std: Sequence, device: torch.device
+) -> Loader:
+    """The loader of a training run, its micro-batches as large as run.per_device says."""
+    per_device = run.per_device or max(data.batch // dist.world(), 1)
+    bad = BadImages(Path(run.folder) / "bad_images.txt", len(images), data.max_bad)
+    where = {"rank": dist.rank(), "world": dist.world(), "device": device}
+    return Loader(
+        images, transform, data.batch, per_device, data.size, mean, std, run.seed, data.workers, bad=bad, **where
+    )
+
+
+def test_batches(
+    data: Data, run: Run, images: Images, mean: Sequence, std: Sequence, device: torch.device, most: int | None = None
+) -> Ordered:
+    """Every image once, or a fixed sample of at most `most`, centre-cropped, at the last size of the schedule."""
+    if most is not None:
+        images = images.take(np.sort(pick(len(images), most, 0)))
+    size = read_schedule(data.size)[-1][1]
+    batch = max((run.per_device or data.batch // dist.world()), 1)
+    where = {"rank": dist.rank(), "world": dist.world(), "device": device}
+    crop = CentreCrop(data.crop, data.interpolation)
+    return Ordered(images, crop, batch, size, mean, std, workers=min(data.workers, 4), **where)
+
+
+def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Schedule:
+    """The learning rate of a run; the arithmetic is said."""
+    scale, epoch = loader.batch / 256, loader.steps_per_epoch
+    origin = None if optim.cosine_from is None else optim.cosine_from * epoch
+    steps = max(round(run.epochs * epoch), 1)
+    if loader.note:
+        log(loader.note)
+    log(
+        f"steps     {steps:,} of {loader.batch:,} images = {dist.world()} processes x "
+        f"{loader.batch // dist.world() // loader.accumulate} x {loader.accumulate} accumulated; "
+        f"{epoch:,} an epoch; lr {optim.lr:g} x {loader.batch} / 256 = {optim.lr * scale:.3g}"
+    )
+    return Schedule(
+        optim.lr * scale,
+        steps,
+        optim.warmup * epoch,
+        optim.warmup_lr * scale,
+        optim.min_lr * scale,
+        origin,
+        tuple(m * epoch for m in optim.milestones),
+        optim.gamma,
+    )
+
+
+def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:
+    """Run one blank image of each size through the task. UserError if one does not fit, before hours are spent."""
+    training = task.training
+    task.eval()
+    for _, size in read_schedule(data.size):
+        batch = {
+            "image": torch.zeros(2, channels, *size, device=device),
+            "label": torch.zeros(2, dtype=int, device=device),
+        }
+        with told(f"images of {size[0]} x {size[1]} px do not fit"), torch.no_grad():
+            task(batch)
+    task.train(training)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What the models refuse inside becomes a UserError: one line that begins with `what`."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{what}: {dist.first_line(error)}") from error
+
+
+def describe(name: str, encoder: nn.Module, channels: int, size: tuple[int, int], log: Log) -> None:
+    """Say how large an encoder is."""
+    if dist.rank() == 0:
+        image = torch.zeros(1, channels, *size, device=next(encoder.parameters()).device)
+        count, millions = flops.flops(encoder, image), flops.parameters(encoder) / 1e6
+        log(
+            f"encoder   {name}, {millions:.3g} M parameters, {count / 1e9:.3g} G multiply-adds at {size[0]} x {size[1]} px"
+        )
+
+
+def report(folder: Path, figures: dict) -> None:
+    """Write a run's final figures to report.json."""
+    if dist.rank() == 0:
+        aside = folder / "report.json.writing"
+        aside.write_text(json.dumps(figures, indent=2) + "\n")
+        os.replace(aside, folder / "report.json")
+
+
+def command(main: Callable[[list[str] | None], None]) -> NoReturn:
+    """Run a main; what the user can mend is told in one line, with exit code 2."""
+    try:
+        main(None)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        dist.shutdown()
+    sys.exit(0)

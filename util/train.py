@@ -1,0 +1,310 @@
+"""The training loop: the only one, for pretraining and for every transfer. It never sees an image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from util import checkpoint, dist
+from util.config import Run
+from util.errors import UserError
+from util.log import Log, duration
+
+STREAK = 5  # non-finite steps in a row that send the run back to its last checkpoint
+RETURNS = 3  # times that this may happen
+
+
+class Task(Protocol):
+    """Something to train: a batch goes in, scalars come out; "loss" is minimised, the rest is logged.
+
+    A task may have `after_step()`, called after each step of the optimizer.
+    """
+
+    encoder: nn.Module
+
+    def forward(self, batch: dict) -> dict[str, Tensor]: ...
+
+
+class Loader(Protocol):
+    """Endless batches from any step on.
+
+    batch:           images of an optimizer step, over all processes
+    steps_per_epoch: optimizer steps
+    accumulate:      batches of each step in this process
+    waited:          seconds spent waiting for batches so far
+    """
+
+    batch: int
+    steps_per_epoch: int
+    accumulate: int
+    waited: float
+
+    def batches(self, start: int) -> Iterator[dict]: ...
+
+
+def train(
+    task: Task,
+    loader: Loader,
+    optimizer: Optimizer,
+    lr_at: Callable[[float], float],
+    clip: float,
+    run: Run,
+    log: Log,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Train a task to the end of its run, from the last checkpoint in run.folder if there is one.
+
+    lr_at:    the learning rate at a step; each parameter group multiplies it by its "lr_scale"
+    clip:     largest norm of the gradient, 0 for none
+    evaluate: gives figures at a step; called every run.evaluate_every epochs and at the end, whose figures are returned
+
+    A step whose gradient is not finite is skipped and counted; STREAK of them in a row go back to the last checkpoint.
+    SIGINT and SIGTERM save and leave (exit code 128 + signal).
+    """
+    device, folder = next(task.parameters()).device, Path(run.folder)
+    steps = max(round(run.epochs * loader.steps_per_epoch), 1)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
+    counts = {"step": 0, "skipped": 0, "returns": 0} | checkpoint.load(folder, task, optimizer, scaler, log)
+    step, began = counts["step"], counts["step"]
+    if step:
+        log(f"continuing at step {step} of {steps}")
+    model = parallel(task, device, run.compile)
+    batches, watch, sums = loader.batches(step), Watch(loader, step), Sums(device)
+    task.train()
+
+    with interruptible() as interrupted:
+        while step < steps:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step) * group["lr_scale"]
+
+            for micro in range(loader.accumulate):
+                batch = next(batches)
+                # seeded after the batch is fetched, so that a resumed run draws the same masks
+                seed(run.seed, step, micro, dist.rank(), counts["returns"])
+                together = micro == loader.accumulate - 1 or model is task  # gradients meet in the last pass only
+                with nullcontext() if together else model.no_sync():
+                    with precision(device, run.dtype):
+                        losses = model(batch)
+                    scaler.scale(losses["loss"] / loader.accumulate).backward()
+                sums.add(losses)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(task.parameters(), clip or float("inf"))
+            take_step(optimizer, scaler, sums.judge(norm))
+            optimizer.zero_grad()
+            if hasattr(task, "after_step"):
+                task.after_step()
+            step += 1
+
+            done, stop = step == steps, dist.any_of(bool(interrupted))
+            if step % run.log_every == 0 or done or stop or step == began + 1:
+                figures, skipped, streak = sums.read()
+                counts["skipped"] += skipped
+                figures |= {"lr": lr_at(step - 1), "epoch": step / loader.steps_per_epoch, "skipped": counts["skipped"]}
+                figures |= watch.read(step, steps)
+                log.figures(step, figures, line(step, steps, figures))
+                if streak >= (STREAK if run.dtype != "float16" else 5 * STREAK):  # a scaler looks for its scale first
+                    counts = go_back(folder, task, optimizer, scaler, counts, step, log)
+                    step, batches, sums = counts["step"], loader.batches(counts["step"]), Sums(device)
+                    continue
+            counts["step"] = step
+            if step % run.save_every == 0 or done or stop:
+                checkpoint.save(folder, task, optimizer, scaler, counts)
+            if stop:
+                log(f"stopped by a signal at step {step} of {steps}; the same command continues")
+                raise SystemExit(128 + (interrupted or [signal.SIGTERM])[0])
+            if evaluate is not None and not done and due(step, run.evaluate_every * loader.steps_per_epoch):
+                judge(task, evaluate, step, run, log)
+                watch.restart(step)
+    return judge(task, evaluate, step, run, log) if evaluate is not None else {}
+
+
+def parallel(task: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
+    """The task as the loop calls it: compiled if wanted, with gradients averaged over processes if there are several."""
+    if compiled:
+        task.compile()
+    if dist.world() == 1:
+        return task
+    return DistributedDataParallel(task, [device.index] if device.type == "cuda" else None)
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    """Inside, matrix products are computed in run.dtype."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def seed(*numbers: int) -> None:
+    """Seed every generator that a task may draw from, differently for each tuple of numbers."""
+    digest = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+    torch.manual_seed(digest)
+    np.random.seed(digest % 2**32)
+    random.seed(digest)
+
+
+def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
+    """Step, or change nothing where the gradient is not finite; nothing waits for the device to tell."""
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.found_inf = (~finite).float()  # what a GradScaler tells fused optimizers
+        optimizer.step()
+
+
+def go_back(
+    folder: Path,
+    task: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    counts: dict,
+    step: int,
+    log: Log,
+) -> dict:
+    """Load the last checkpoint after a streak of non-finite gradients; other masks will be drawn from there on.
+
+    UserError without a checkpoint or after RETURNS times.
+    """
+    advice = "lower optim.lr, set optim.clip, or set run.dtype to float32"
+    if counts["returns"] >= RETURNS:
+        raise UserError(f"gradients are not finite at step {step}, after {RETURNS} returns to a checkpoint: {advice}")
+    saved = checkpoint.load(folder, task, optimizer, scaler, log)
+    if not saved:
+        raise UserError(f"gradients are not finite at step {step}, before the first checkpoint: {advice}")
+    log(f"gradients are not finite at step {step}: back to the checkpoint of step {saved['step']}, with other masks")
+    return saved | {"skipped": counts["skipped"], "returns": counts["returns"] + 1}
+
+
+def judge(task: nn.Module, evaluate: Callable, step: int, run: Run, log: Log) -> dict[str, float]:
+    """Evaluate in the run's precision; the figures are logged and returned."""
+    device = next(task.parameters()).device
+    task.eval()
+    with precision(device, run.dtype):
+        figures = evaluate(step)
+    task.train()
+    log.figures(step, figures)
+    return figures
+
+
+def due(step: int, every: float) -> bool:
+    """Whether a multiple of `every` steps lies between the last step and this one; never if `every` is 0."""
+    return every > 0 and step // every > (step - 1) // every
+
+
+def line(step: int, steps: int, figures: dict[str, float]) -> str:
+    """One line of progress for the console."""
+    wait, memory = figures["data_wait"], figures.get("memory_gb")
+    advice = f" (raise data.workers: {os.cpu_count()} cores here)" if wait > 0.2 else ""
+    parts = [
+        f"step {step}/{steps}",
+        f"epoch {figures['epoch']:.2f}",
+        f"loss {figures['loss']:.4f}",
+        f"lr {figures['lr']:.2e}",
+        f"norm {figures['norm']:.2f}",
+        f"{figures['images_per_s']:.0f} images/s",
+        f"data wait {100 * wait:.0f} %{advice}",
+        *([f"{memory:.1f} GB"] if memory else []),
+        *([f"skipped {figures['skipped']:.0f}"] if figures["skipped"] else []),
+        f"{duration(figures['eta_s'])} left",
+    ]
+    return "  ".join(parts)
+
+
+class Sums:
+    """Means of a task's scalars and of the gradient's norm since the last reading, kept on the device till then."""
+
+    def __init__(self, device: torch.device):
+        self.streak = torch.zeros((), device=device)  # non-finite gradients in a row, up to now
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.worst = self.streak.clone()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self.add_one(name, value.detach().float())
+
+    def add_one(self, name: str, value: Tensor) -> None:
+        finite = torch.isfinite(value)
+        pair = torch.stack([torch.where(finite, value, 0.0), finite.float()])  # a sum, and of how many
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def judge(self, norm: Tensor) -> Tensor:
+        """Whether a gradient's norm is finite, as a tensor; also counted."""
+        finite = torch.isfinite(norm)
+        self.add_one("norm", norm.float())
+        self.add_one("skipped", (~finite).float())
+        self.streak = torch.where(finite, 0.0, self.streak + 1)
+        self.worst = torch.maximum(self.worst, self.streak)
+        return finite
+
+    def read(self) -> tuple[dict[str, float], int, int]:
+        """The means over all processes, the steps skipped, and the longest streak of them; waits for the device."""
+        pairs = dist.total(torch.stack(list(self.sums.values()))).tolist()
+        means = {name: total / count if count else float("nan") for name, (total, count) in zip(self.sums, pairs)}
+        skipped = round(self.sums["skipped"][0].item())
+        streak = round(self.worst.item())
+        del means["skipped"]
+        self.clear()
+        return means, skipped, streak
+
+
+class Watch:
+    """How fast the run goes: images/s, the share of time spent waiting for data, the time left."""
+
+    def __init__(self, loader: Loader, step: int):
+        self.loader, self.began, self.began_at = loader, time.perf_counter(), step
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Measure from here on."""
+        self.since, self.waited, self.step = time.perf_counter(), self.loader.waited, step
+
+    def read(self, step: int, steps: int) -> dict[str, float]:
+        """The figures since the last reading."""
+        now = time.perf_counter()
+        seconds = max(now - self.since, 1e-9)
+        figures = {
+            "images_per_s": (step - self.step) * self.loader.batch / seconds,
+            "data_wait": min((self.loader.waited - self.waited) / seconds, 1.0),
+            "eta_s": (now - self.began) / max(step - self.began_at, 1) * (steps - step),
+        }
+        if torch.cuda.is_available():
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.restart(step)
+        return figures
+
+
+@contextmanager
+def interruptible() -> Iterator[list[signal.Signals]]:
+    """Inside, SIGINT and SIGTERM only leave their mark in the list; a second one acts as ever."""
+    marks: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield marks
+        return
+    before = {}
+
+    def mark(number: int, _frame) -> None:
+        marks.append(signal.Signals(number))
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, mark)
+    try:
+        yield marks
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
