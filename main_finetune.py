@@ -45,13 +45,13 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
             encoder = load_encoder(config.weights, config.allow_partial, log, **changes)
             stored = load_normalization(config.weights)
         found = start.find_data(data, run.seed, True, encoder.in_chans, log)
-    mean, std = start.normalization(data, found.train, stored, log)
+    batches = start.Batches(data, run, found, stored, device, log)
     encoder.to(device).set_grad_checkpointing(run.checkpointing)
     start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
-    tests = start.test_batches(data, run, found.val, mean, std, device)
+    tests = batches.once(found.val)
 
     def nearest_neighbours(pool: str = "mean", k: int = 20, temperature: float = 0.07) -> dict[str, float]:
-        bank = start.test_batches(data, run, found.train, mean, std, device)
+        bank = batches.once(found.train)
         with precision(device, run.dtype):
             return {"top1": knn(*features(encoder, bank, pool), *features(encoder, tests, pool), k, temperature)}
 
@@ -64,8 +64,8 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         auto = None if data.augment == "none" else data.augment
         crop = {"scale": data.scale, "flip": data.flip, "interpolation": data.interpolation}
         depth = {"channels": found.train.channels, "bits": found.survey.bits}
-        augment = Augment(mean, std, auto, data.jitter, data.erase, **crop, **depth)
-        loader = start.train_loader(data, run, found.train, augment, mean, std, device)
+        augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
+        loader = batches.train(augment)
         lr_at = start.schedule(optim, loader, run, log)
         optimizer = build_optimizer(
             task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
@@ -74,7 +74,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         def evaluate(step: int) -> dict[str, float]:
             figures = task.evaluate(tests)
             log("          " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-            normalization = {"mean": mean, "std": std, "size": size}
+            normalization = {"mean": batches.mean, "std": batches.std, "size": size}
             checkpoint.export(folder / "encoder.safetensors", task.judged.encoder, normalization)
             return figures
 

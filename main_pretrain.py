@@ -35,7 +35,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         found = start.find_data(data, run.seed, True, None, log)
     except UserError:  # without labels there is no k-NN to watch; all else is the same
         found = start.find_data(data, run.seed, False, None, log)
-    mean, std = start.normalization(data, found.train, None, log)
+    batches = start.Batches(data, run, found, None, device, log)
 
     seed(run.seed)
     size, channels = read_schedule(data.size)[0][1], found.train.channels
@@ -47,13 +47,13 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     start.describe(config.encoder.name, encoder, channels, size, log)
 
     crop = RandomCrop(data.scale, flip=data.flip, interpolation=data.interpolation)
-    loader = start.train_loader(data, run, found.train, crop, mean, std, device)
+    loader = batches.train(crop)
     lr_at = start.schedule(optim, loader, run, log)
     optimizer = build_optimizer(
         task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
     )
-    held_out = start.test_batches(data, run, found.val, mean, std, device, run.probe)
-    bank = start.test_batches(data, run, found.train, mean, std, device, run.probe)
+    held_out = batches.once(found.val, run.probe)
+    bank = batches.once(found.train, run.probe)
     last: dict[str, float] = {}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -64,12 +64,14 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
         last.update(figures=figures, epoch=epoch)
         images = next(iter(held_out))["image"][: run.panel]
-        pictures = reconstruct(task, images, mean, std, run.seed)
+        pictures = reconstruct(task, images, batches.mean, batches.std, run.seed)
         if pictures is not None:
             sheet = panel(pictures.columns, pictures.caption)
             log.picture(step, "reconstruction", sheet)
             save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
-        checkpoint.export(folder / "encoder.safetensors", encoder, {"mean": mean, "std": std, "size": size})
+        checkpoint.export(
+            folder / "encoder.safetensors", encoder, {"mean": batches.mean, "std": batches.std, "size": size}
+        )
         return figures
 
     figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate)

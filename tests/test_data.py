@@ -69,7 +69,7 @@ def on_white(colour: np.ndarray) -> np.ndarray:
 def palette(transparent: bool) -> tuple[bytes, np.ndarray]:
     colours = RNG.integers(0, 256, (16, 3), np.uint8)
     indices = RNG.integers(0, 16, (8, 7), np.uint8)
-    image = Image.fromarray(indices, "L")
+    image = Image.fromarray(indices)
     image = Image.frombytes("P", image.size, image.tobytes())
     image.putpalette(colours.flatten().tolist())
     truth = colours[indices].astype(float)

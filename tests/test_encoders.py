@@ -91,10 +91,10 @@ def test_outputs_are_timms(name):
     if plain and "distilled" not in name:
         args["global_pool"] = ""  # or the norm would come after the pooling
     theirs = timm.create_model(name, num_classes=0, **args).eval()
-    theirs.load_state_dict({their_key(key): value for key, value in encoder.state_dict().items()}, strict=False)
-    held = {name for name, _ in theirs.named_parameters() if not name.startswith(("head.", "fc_norm."))}
+    theirs.load_state_dict({their_key(name, key): value for key, value in encoder.state_dict().items()}, strict=False)
+    held = {key for key, _ in theirs.named_parameters() if not key.startswith(("head.", "fc_norm."))}
     if encoder.normed or plain:  # every weight of theirs is one of ours
-        assert held <= {their_key(key) for key in encoder.state_dict()}
+        assert held <= {their_key(name, key) for key in encoder.state_dict()}
     size = args.get("img_size", 64)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -107,23 +107,14 @@ def test_outputs_are_timms(name):
         torch.testing.assert_close(ours.prefix, tokens[:, : ours.prefix.shape[1]], atol=1e-5, rtol=1e-5)
 
 
-def their_key(key):
+def their_key(name, key):
     """timm's name of one of our parameters."""
     if key.startswith("tables."):
-        shared = "rel_pos_bias" if SHARED[0] else f"blocks.{key[7:]}.attn"
-        return f"{shared}.relative_position_bias_table"
-    stem = STEM[0]
-    return key.removeprefix("vit.").removeprefix("backbone.").replace("stem.", f"{stem}.", int(key.startswith("stem.")))
-
-
-SHARED, STEM = [False], ["patch_embed"]
-
-
-@pytest.fixture(autouse=True)
-def naming(request):
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name", "")
-    SHARED[0] = bool(name) and "use_shared_rel_pos_bias" in CASES.get(name, {})
-    STEM[0] = "stem" if name and name.startswith(("convnext", "davit", "maxvit", "coatnet", "regnet")) else "patch_embed"
+        owner = "rel_pos_bias" if CASES[name].get("use_shared_rel_pos_bias") else f"blocks.{key[7:]}.attn"
+        return f"{owner}.relative_position_bias_table"
+    if key.startswith("stem."):
+        return f"patch_embed.{key[5:]}" if name.startswith(("swin", "pvt")) else key
+    return key.removeprefix("vit.").removeprefix("backbone.")
 
 
 @every_encoder

@@ -150,7 +150,8 @@ def test_official_files_go_in_by_themselves(tmp_path):
     encoder = load_encoder(f"mae:{path}", log=lines.append, num_heads=args["num_heads"])
     assert encoder.fixed and encoder.normed and encoder.patch == args["patch_size"]
     n = sum(key.startswith("module.decoder") for key in state)
-    assert f"decoder {n}" in lines[0] and "mask_token 1" in lines[0] and load_normalization(f"mae:{path}")["mean"][0] == 0.485
+    assert f"decoder {n}" in lines[0] and "mask_token 1" in lines[0]
+    assert load_normalization(f"mae:{path}")["mean"][0] == 0.485
     with pytest.raises(ValueError, match="give num_heads"):
         load_encoder(f"mae:{path}")
     with pytest.raises(ValueError, match="positions are not .* position="):  # a table that is not the fixed one

@@ -45,45 +45,51 @@ def find_data(data: Data, seed: int, labels: bool, channels: int | None, log: Lo
     return found
 
 
-def normalization(data: Data, images: Images, stored: dict | None, log: Log) -> tuple[list[float], list[float]]:
-    """Mean and std of each channel: those of the config, else those stored with the weights, else measured."""
-    channels = images.channels
+class Batches:
+    """Makes the loaders of a run, all normalised alike.
+
+    mean, std: of each channel on the scale of [0, 1]: the config's, else those stored with the weights, else measured
+    """
+
+    def __init__(self, data: Data, run: Run, found: Dataset, stored: dict | None, device: torch.device, log: Log):
+        self.data, self.run, self.found = data, run, found
+        self.mean, self.std, source = normalization(data, found.train, stored)
+        log(f"channels  mean {numbers(self.mean)}, std {numbers(self.std)} ({source})")
+        self.per_device = run.per_device or max(data.batch // dist.world(), 1)
+        bad = BadImages(Path(run.folder) / "bad_images.txt", len(found.train) + len(found.val), data.max_bad)
+        self.where = {"rank": dist.rank(), "world": dist.world(), "device": device, "bad": bad}
+
+    def train(self, transform: Transform) -> Loader:
+        """Endless random batches of the training images."""
+        args = (self.data.batch, self.per_device, self.data.size, self.mean, self.std, self.run.seed, self.data.workers)
+        return Loader(self.found.train, transform, *args, **self.where)
+
+    def once(self, images: Images, most: int | None = None) -> Ordered:
+        """Every image once, or a fixed sample of at most `most`, cut from the centre at the schedule's last size."""
+        if most is not None:
+            images = images.take(np.sort(pick(len(images), most, 0)))
+        crop, size = CentreCrop(self.data.crop, self.data.interpolation), read_schedule(self.data.size)[-1][1]
+        workers = min(self.data.workers, 4)
+        return Ordered(images, crop, self.per_device, size, self.mean, self.std, workers=workers, **self.where)
+
+
+def normalization(data: Data, images: Images, stored: dict | None) -> tuple[list[float], list[float], str]:
+    """Mean and std of each channel, and where they are from. UserError if their number is not that of the channels."""
     if data.mean and data.std:
         mean, std, source = data.mean, data.std, "given"
-    elif stored and len(stored["mean"]) == channels:
+    elif stored and len(stored["mean"]) == images.channels:
         mean, std, source = stored["mean"], stored["std"], "stored with the weights"
     else:
-        (mean, std), source = measure(images), "measured"
-    if len(mean) != channels or len(std) != channels:
-        raise UserError(f"data.mean and data.std have {len(mean)} and {len(std)} numbers for {channels} channels")
-    three = lambda numbers: ", ".join(f"{x:.4g}" for x in numbers)
-    log(f"channels  mean {three(mean)}, std {three(std)} ({source})")
-    return mean, std
+        mean, std, source = *measure(images), "measured"
+    if not len(mean) == len(std) == images.channels:
+        raise UserError(
+            f"data.mean and data.std have {len(mean)} and {len(std)} numbers, the images {images.channels} channels"
+        )
+    return mean, std, source
 
 
-def train_loader(
-    data: Data, run: Run, images: Images, transform: Transform, mean: Sequence, std: Sequence, device: torch.device
-) -> Loader:
-    """The loader of a training run, its micro-batches as large as run.per_device says."""
-    per_device = run.per_device or max(data.batch // dist.world(), 1)
-    bad = BadImages(Path(run.folder) / "bad_images.txt", len(images), data.max_bad)
-    where = {"rank": dist.rank(), "world": dist.world(), "device": device}
-    return Loader(
-        images, transform, data.batch, per_device, data.size, mean, std, run.seed, data.workers, bad=bad, **where
-    )
-
-
-def test_batches(
-    data: Data, run: Run, images: Images, mean: Sequence, std: Sequence, device: torch.device, most: int | None = None
-) -> Ordered:
-    """Every image once, or a fixed sample of at most `most`, centre-cropped, at the last size of the schedule."""
-    if most is not None:
-        images = images.take(np.sort(pick(len(images), most, 0)))
-    size = read_schedule(data.size)[-1][1]
-    batch = max((run.per_device or data.batch // dist.world()), 1)
-    where = {"rank": dist.rank(), "world": dist.world(), "device": device}
-    crop = CentreCrop(data.crop, data.interpolation)
-    return Ordered(images, crop, batch, size, mean, std, workers=min(data.workers, 4), **where)
+def numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Schedule:

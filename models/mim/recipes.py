@@ -8,7 +8,7 @@ from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2
 from models.mim.masker import RandomMasker
 from models.mim.method import MIM
-from models.mim.target import HOG, Pixels, Target
+from models.mim.target import HOG, LocalPixels, Pixels, Target
 
 
 def mae(
@@ -55,14 +55,16 @@ def fastmim(
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
-TARGETS = ("pixels", "normalized", "hog")
+TARGETS = ("pixels", "normalized", "local", "hog")
 METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
-    """A target by name, of cells of `unit` px: "pixels", "normalized" (within each cell) or "hog"."""
+    """A target by name, of cells of `unit` px: "pixels", "normalized" (within each cell), "local" (around each pixel) or "hog"."""
     if name not in TARGETS:
         raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}')
     if name == "hog":
         return HOG(unit, encoder.in_chans)
+    if name == "local":
+        return LocalPixels(unit, encoder.in_chans)
     return Pixels(unit, encoder.in_chans, normalize=name == "normalized")

@@ -57,6 +57,38 @@ class Pixels(Target):
         return rearrange(guess, "b h w (p q c) -> b c (h p) (w q)", p=self.unit, q=self.unit)
 
 
+class LocalPixels(Pixels):
+    """Each pixel normalised, in its channel, by the `window` x `window` pixels around it (SwinV2's SimMIM).
+
+    The variance is the unbiased one over those of the pixels that lie in the image.
+    """
+
+    def __init__(self, unit: int, in_chans: int, window: int = 47):
+        super().__init__(unit, in_chans, normalize=False)
+        if window % 2 == 0:
+            raise ValueError(f"a window of {window} px has no centre: use {window - 1} or {window + 1} px")
+        self.window = window
+        self.note = "Mean and contrast around each guessed pixel are borrowed from the original."
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        mean, spread = self.surroundings(images)
+        return super().forward((images.float() - mean) / spread)
+
+    def surroundings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation around each pixel, both (B, C, H, W)."""
+        x, around = images.float(), {"kernel_size": self.window, "stride": 1, "padding": self.window // 2}
+        mean = F.avg_pool2d(x, **around, count_include_pad=False)
+        square = F.avg_pool2d(x.square(), **around, count_include_pad=False)
+        count = F.avg_pool2d(torch.ones_like(x[:1, :1]), **around) * self.window**2
+        variance = ((square - mean.square()) * count / (count - 1)).clamp_min(0)
+        return mean, (variance + 1e-6).sqrt()
+
+    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+        mean, spread = self.surroundings(images)
+        return super().picture(guess, images) * spread + mean
+
+
 class HOG(Target):
     """Histograms of oriented gradients, one per channel, each of unit length (MaskFeat, FastMIM).
 
@@ -108,11 +140,11 @@ def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edge_strokes(bins: int, unit: int, device: torch.device) -> Tensor:
-    """One line through a cell's centre for each orientation, along the edge that votes for it: (bins, unit, unit)."""
+    """A line through a cell's centre for each orientation, along the edge that votes for it: (bins, unit, unit)."""
     # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
     angle = (torch.arange(bins, device=device) + 0.5) / bins * math.pi
     along_row, along_column = -torch.sin(angle), torch.cos(angle)
     place = torch.arange(unit, device=device) - (unit - 1) / 2
     row, column = torch.meshgrid(place, place, indexing="ij")
     distance = (row[None] * along_column[:, None, None] - column[None] * along_row[:, None, None]).abs()
-    return (1 - distance).clamp_min(0) * (row**2 + column**2 <= (unit / 2) ** 2)
+    return (1.5 - distance).clamp(0, 1) * (row**2 + column**2 <= (unit / 2) ** 2)
