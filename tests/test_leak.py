@@ -9,7 +9,7 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, fastmim, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, mae, simmim
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -129,18 +129,13 @@ def test_an_image_is_encoded_as_if_hidden_cells_were_cut_off():
 # methods
 
 
-def encoder_for(method):
-    return {
-        mae: lambda: build_encoder("vit_base_patch16_224", position="sincos", init="xavier", **PLAIN),
-        simmim: lambda: build_encoder("swin_tiny_patch4_window7_224", **WINDOWS | {"embed_dim": 32}),
-        fastmim: lambda: build_encoder("swin_tiny_patch4_window7_224", **WINDOWS | {"embed_dim": 32}),
-    }[method]()
-
-
-def built(method, **args):
+def built(method, in_chans=3, **args):
+    """A small method: SimMIM on a pyramid, the others on a plain transformer."""
     torch.manual_seed(0)
-    small = {mae: {"depth": 1, "width": 32, "heads": 2}, fastmim: {"depth": 1, "width": 32, "heads": 2}}
-    return method(encoder_for(method), **{**small.get(method, {}), **args})
+    if method is simmim:
+        return simmim(build_encoder("swin_tiny_patch4_window7_224", in_chans, **WINDOWS | {"embed_dim": 32}), **args)
+    encoder = build_encoder("vit_base_patch16_224", in_chans, position="sincos", init="xavier", **PLAIN)
+    return method(encoder, unit=16, depth=1, width=32, heads=2, **args)
 
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -181,12 +176,7 @@ def test_every_method_traces_as_one_graph(method):
 @every_method
 @pytest.mark.parametrize("shape", [(1, 64, 64), (5, 64, 96)])
 def test_every_method_takes_other_images(method, shape):
-    torch.manual_seed(0)
-    if method is mae:
-        encoder = build_encoder("vit_base_patch16_224", shape[0], position="sincos", **PLAIN)
-    else:
-        encoder = build_encoder("swin_tiny_patch4_window7_224", shape[0], **WINDOWS | {"embed_dim": 32})
-    assert METHODS[method.__name__](encoder)({"image": torch.randn(2, *shape)})["loss"].isfinite()
+    assert built(method, shape[0])({"image": torch.randn(2, *shape)})["loss"].isfinite()
 
 
 def test_wrong_combinations_say_what_to_use():

@@ -20,7 +20,8 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.encoders.layers import sincos
-from models.encoders.weights import load_encoder, load_state, resize_table
+from models.encoders.resize import resize_table
+from models.encoders.weights import load_encoder, load_state
 from models.mim.head import Decoder, LinearHead
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2

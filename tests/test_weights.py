@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from models.encoders import released
 from models.encoders.build import build_encoder
-from models.encoders.weights import adapt_channels, load_encoder, load_normalization, load_state, resize_table
+from models.encoders.resize import adapt_channels, resize_table
+from models.encoders.weights import load_encoder, load_normalization, load_state
 from models.mim.recipes import mae, simmim
 from models.mim.weights import load_method_state
 from util.checkpoint import export

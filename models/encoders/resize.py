@@ -1,0 +1,114 @@
+"""Tensors of a file in the shapes that an encoder wants: other grids of positions, other windows, other channels."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import torch
+from scipy.interpolate import RectBivariateSpline
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from models.encoders.encoder import Encoder
+from models.encoders.layers import sincos
+from models.encoders.released import window_of
+from models.encoders.vit import ViT
+
+STEM = ("stem.", "vit.patch_embed.")
+
+
+def fit(
+    encoder: Encoder, key: str, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None
+) -> tuple[Tensor | None, str | None]:
+    """A tensor in the shape that the encoder wants and how it got there; None where there is no way."""
+    if key == "vit.pos_embed" and encoder.fixed:
+        return fixed_positions(encoder, value, like, img_size), None
+    if value.shape == like.shape:
+        return value, None
+    if [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]:
+        return value.reshape(like.shape), None  # a 1x1 convolution is a linear layer
+    if key.startswith(STEM) and value.ndim == 4 and value[:, 0].shape == like[:, 0].shape:
+        return adapt_channels(value, like.shape[1]), f"{value.shape[1]} to {like.shape[1]} channels"
+    if key == "vit.pos_embed" and value.shape[2] == like.shape[2]:
+        old, new, prefix = grids(encoder, value, img_size)
+        if old is not None:
+            table = resample_abs_pos_embed(value.float(), new, old, prefix, antialias=False)
+            return table, f"positions {size(old)} to {size(new)}"
+    if re.search(r"(relative_position_bias_table|^tables\.\d+)$", key) and value.ndim == like.ndim == 2:
+        owner = encoder if key.startswith("tables.") else encoder.get_submodule(key.rpartition(".")[0])
+        window, extra = owner.window if owner is encoder else owner.window_size, 3 if owner is encoder else 0
+        old = window_of(value, extra)
+        if value.shape[1] == like.shape[1] and (2 * old - 1) ** 2 == len(value) - extra:
+            return resize_table(value, window, extra), f"bias tables {size((old, old))} to {size(window)}"
+    return None, None
+
+
+def grids(
+    encoder: ViT, table: Tensor, img_size: int | tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, tuple[int, int], int]:
+    """The grid of a table of positions, None if it cannot be told; that of the encoder; and the prefix tokens in it."""
+    new = tuple(encoder.vit.patch_embed.grid_size)
+    prefix = encoder.vit.pos_embed.shape[1] - math.prod(new)
+    n = table.shape[1] - prefix
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
+    known = tuple(side // encoder.patch for side in sides)
+    side, scale = math.isqrt(n), math.sqrt(n / math.prod(new))
+    for old in (known, (side, side), (round(new[0] * scale), round(new[1] * scale))):
+        if math.prod(old) == n:
+            return old, new, prefix
+    return None, new, prefix
+
+
+def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None) -> Tensor | None:
+    """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
+    old, _, prefix = grids(encoder, value, img_size)
+    if old is None or value.shape[2] != encoder.width:
+        return None
+    table = sincos(*old, encoder.width).flatten(0, 1)
+    if value[:, :prefix].any() or not torch.allclose(value[0, prefix:].float(), table, atol=1e-5):
+        raise ValueError('the file\'s positions are not the sine-cosine ones: use position="learned"')
+    return like
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """A stem's weights (D, I, p, p) for another number of channels: repeated, or summed for one; their sum stays."""
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    old = weight.shape[1]
+    return weight[:, [i % old for i in range(in_chans)]] * (old / in_chans)
+
+
+def resize_table(table: Tensor, window: tuple[int, int], extra: int = 0) -> Tensor:
+    """A table of relative positions, (n^2 + extra, heads), for another window; its last `extra` rows stay.
+
+    Offsets of the old window are spread over the new one in geometric progression, so that near places keep their
+    distances, and a bicubic spline through them is read off (BEiT, SimMIM).
+    """
+    places, rest = table[: len(table) - extra], table[len(table) - extra :]
+    n, sides = math.isqrt(len(places)), [2 * side - 1 for side in window]
+    if n == 1:
+        return torch.cat([places.expand(math.prod(sides), -1), rest])
+    degree, to = min(3, n - 1), [np.arange(side) - side // 2 for side in sides]
+    rows, columns = (spread(n, side) for side in sides)
+    heads = places.double().T.reshape(-1, n, n).numpy()
+    read = [RectBivariateSpline(rows, columns, head, kx=degree, ky=degree)(*to).ravel() for head in heads]
+    return torch.cat([torch.from_numpy(np.stack(read, -1)).to(table.dtype), rest])
+
+
+def spread(source: int, target: int) -> np.ndarray:
+    """`source` offsets around 0 whose steps grow by a factor, found by bisection, so that they reach `target` // 2."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        factor = (low + high) / 2
+        if (factor ** np.arange(source // 2)).sum() > target // 2:
+            high = factor
+        else:
+            low = factor
+    steps = np.cumsum(factor ** np.arange(source // 2))
+    return np.concatenate([-steps[::-1], [0.0], steps])
+
+
+def size(sides: tuple[int, int]) -> str:
+    return "x".join(map(str, sides))

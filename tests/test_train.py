@@ -1,0 +1,240 @@
+"""The loop: resuming to the bit, accumulation, non-finite steps, signals, several processes."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from models.encoders.build import build_encoder
+from models.mim.recipes import mae
+from models.transfer.recipes import finetune
+from util import checkpoint, dist
+from util.config import Run
+from util.errors import UserError
+from util.log import Log
+from util.optim import Schedule, build_optimizer
+from util.train import due, train
+
+STEPS = 10
+
+
+class Images:
+    """Micro-batches of noise that depend on their number alone; some are not numbers."""
+
+    waited, steps_per_epoch = 0.0, 4
+
+    def __init__(self, batch=8, accumulate=2, bad=()):
+        self.batch, self.accumulate, self.bad = batch, accumulate, bad
+
+    def batches(self, start):
+        number = start * self.accumulate
+        while True:
+            generator = torch.Generator().manual_seed(number % 8)
+            share = self.batch // self.accumulate // dist.world()
+            images = torch.randn(self.batch // self.accumulate, 1, 16, 16, generator=generator)
+            images = images[dist.rank() * share :][:share]
+            factor = float("nan") if number // self.accumulate in self.bad else 1.0
+            yield {"image": images * factor, "label": torch.arange(share) % 3}
+            number += 1
+
+
+def tiny(task="mae"):
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2, "drop_path_rate": 0.2}
+    encoder = build_encoder("vit_tiny_patch16_224", 1, **args)
+    if task == "mae":
+        return mae(encoder, depth=1, width=16, heads=2)
+    return finetune(encoder, 3, mixup=0.8, cutmix=1.0, ema=0.5)
+
+
+def go(folder, loader=None, task="mae", evaluate=None, clip=1.0, **run):
+    """A short run; gives its task."""
+    folder.mkdir(exist_ok=True)
+    model = tiny(task)
+    settings = {"epochs": STEPS / 4, "dtype": "float32", "log_every": 3, "save_every": 3, "evaluate_every": 0} | run
+    optimizer = build_optimizer(model, no_decay=["fill"])
+    log = Log(folder)
+    schedule = Schedule(3e-3, STEPS, warmup=2)
+    train(model, loader or Images(), optimizer, schedule, clip, Run(str(folder), **settings), log, evaluate)
+    log.close()
+    return model
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(when):
+    def evaluate(step):
+        if step == when:
+            raise Stop
+        return {}
+
+    return evaluate
+
+
+def lines(folder, key):
+    """The objects of log.jsonl that have a key."""
+    objects = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [o for o in objects if key in o]
+
+
+@pytest.mark.parametrize("task", ["mae", "finetune"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_stopped_run_continues_to_the_bit(tmp_path, task, dtype):
+    """Stopped in mid-epoch, seven steps in, one after its last checkpoint."""
+    whole = go(tmp_path / "whole", task=task, dtype=dtype)
+    with pytest.raises(Stop):
+        go(tmp_path / "parts", task=task, dtype=dtype, evaluate=stop_at(7), evaluate_every=0.25)
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["counts"]["step"] == 6
+    assert equal(whole, go(tmp_path / "parts", task=task, dtype=dtype))
+    assert not equal(whole, tiny(task))
+
+
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(tmp_path):
+    whole = go(tmp_path / "whole")
+    with pytest.raises(Stop):
+        go(tmp_path / "parts", evaluate=stop_at(7), evaluate_every=0.25)
+    last = tmp_path / "parts" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert equal(whole, go(tmp_path / "parts"))
+    said = " ".join(o["text"] for o in lines(tmp_path / "parts", "text"))
+    assert "last.pt cannot be read" in said and "continuing at step 3 of 10" in said
+
+
+def test_no_readable_checkpoint_is_no_fresh_start(tmp_path):
+    go(tmp_path / "run")
+    for name in (checkpoint.LAST, checkpoint.BEFORE):
+        (tmp_path / "run" / name).write_bytes(b"cut")
+    with pytest.raises(UserError, match="remove last.pt and before.pt"):
+        go(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    go(tmp_path / "run")
+    with pytest.raises(UserError, match="holds another model"):
+        go(tmp_path / "run", task="finetune")
+
+
+def test_accumulated_batches_make_the_step_of_a_whole_one(tmp_path):
+    """Without anything random in the model: a classifier, neither mixed nor dropped."""
+
+    def one(accumulate):
+        torch.manual_seed(0)
+        encoder = build_encoder("vit_tiny_patch16_224", 1, img_size=16, patch_size=4, depth=1, embed_dim=16, num_heads=2)
+        model = finetune(encoder, 3)
+        folder = tmp_path / str(accumulate)
+        folder.mkdir()
+        images = Images(8, accumulate)
+        images.batches = lambda start: iter(
+            [{"image": x, "label": y} for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate))]
+        )
+        run = Run(str(folder), epochs=0.25, dtype="float32", evaluate_every=0)
+        train(model, images, build_optimizer(model, "sgd"), lambda step: 0.1, 0.0, run, Log(folder))
+        return model
+
+    pixels, labels = torch.randn(8, 1, 16, 16), torch.arange(8) % 3
+    for a, b in zip(one(1).state_dict().values(), one(4).state_dict().values()):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer):
+    from util.train import take_step
+
+    model = tiny()
+    optim = build_optimizer(model, optimizer)
+    for group in optim.param_groups:
+        group["lr"] = 0.1
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    take_step(optim, scaler, torch.tensor(True))
+    before = [p.clone() for p in model.parameters()]
+    moments = [m.clone() for s in optim.state.values() for m in s.values() if m is not None]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+    take_step(optim, scaler, torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(moments, [m for s in optim.state.values() for m in s.values() if m is not None])
+    )
+    assert not torch.equal(before[-1], list(tiny().parameters())[-1])
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path):
+    model = go(tmp_path / "run", Images(bad=(2, 5)))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert lines(tmp_path / "run", "skipped")[-1]["skipped"] == 2
+
+
+def test_a_streak_goes_back_to_the_checkpoint_and_then_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.train.STREAK", 2)
+    with pytest.raises(UserError, match="after 3 returns.*lower optim.lr"):
+        go(tmp_path / "run", Images(bad=range(6, 100)), save_every=2)
+    texts = [o["text"] for o in lines(tmp_path / "run", "text")]
+    assert sum("back to the checkpoint of step" in text for text in texts) == 3
+
+
+def test_a_streak_before_any_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.train.STREAK", 2)
+    with pytest.raises(UserError, match="before the first checkpoint"):
+        go(tmp_path / "run", Images(bad=range(100)), save_every=100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    whole = go(tmp_path / "whole")
+    before = signal.getsignal(number)
+
+    class Interrupting(Images):
+        def batches(self, start):
+            for i, batch in enumerate(super().batches(start)):
+                if i == 9 and start == 0:
+                    threading.Timer(0, os.kill, (os.getpid(), number)).run()
+                yield batch
+
+    with pytest.raises(SystemExit) as left:
+        go(tmp_path / "parts", Interrupting(), save_every=100)
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert equal(whole, go(tmp_path / "parts", save_every=100))
+
+
+def test_evaluations_come_when_they_are_due(tmp_path):
+    seen = []
+    go(tmp_path / "run", evaluate=lambda step: seen.append(step) or {}, evaluate_every=0.75)
+    assert seen == [3, 6, 9, 10]
+    assert [due(step, 2.5) for step in range(1, 6)] == [False, False, True, False, True]
+    assert not due(1, 0)
+
+
+def process(rank, world, folder, port):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init("cpu")
+    model = go(Path(folder), Images(batch=8, accumulate=2), clip=0.0)
+    torch.save(model.state_dict(), f"{folder}/weights_{rank}.pt")
+    dist.shutdown()
+
+
+def test_two_processes_stay_equal_and_resume(tmp_path):
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    mp.spawn(process, (2, str(tmp_path / "run"), get_free_port()), nprocs=2)
+    a, b = (torch.load(tmp_path / "run" / f"weights_{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    start = tiny().state_dict()
+    assert any(not torch.equal(a[key], start[key]) for key in a)
+    assert len(lines(tmp_path / "run", "loss")) == 5  # one process writes: steps 1, 3, 6, 9 and 10
