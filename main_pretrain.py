@@ -22,7 +22,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from models.mim.picture import reconstruct
     from models.mim.recipes import METHODS
     from models.transfer.frozen import features, knn
-    from util import checkpoint, start
+    from util import checkpoint, dist, start
     from util.data.loader import read_schedule
     from util.data.transforms import RandomCrop
     from util.optim import build_optimizer
@@ -68,7 +68,8 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         if pictures is not None:
             sheet = panel(pictures.columns, pictures.caption)
             log.picture(step, "reconstruction", sheet)
-            save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
+            if dist.rank() == 0:
+                save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
         checkpoint.export(
             folder / "encoder.safetensors", encoder, {"mean": batches.mean, "std": batches.std, "size": size}
         )

@@ -130,8 +130,8 @@ def test_accumulated_batches_make_the_step_of_a_whole_one(tmp_path):
 
     def one(accumulate):
         torch.manual_seed(0)
-        encoder = build_encoder("vit_tiny_patch16_224", 1, img_size=16, patch_size=4, depth=1, embed_dim=16, num_heads=2)
-        model = finetune(encoder, 3)
+        args = {"img_size": 16, "patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2}
+        model = finetune(build_encoder("vit_tiny_patch16_224", 1, **args), 3)
         folder = tmp_path / str(accumulate)
         folder.mkdir()
         images = Images(8, accumulate)
@@ -160,16 +160,18 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer):
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     take_step(optim, scaler, torch.tensor(True))
     before = [p.clone() for p in model.parameters()]
-    moments = [m.clone() for s in optim.state.values() for m in s.values() if m is not None]
+    moments = [m.clone() for m in state_of(optim)]
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, float("nan"))
     take_step(optim, scaler, torch.tensor(False))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert all(
-        torch.equal(a, b) for a, b in zip(moments, [m for s in optim.state.values() for m in s.values() if m is not None])
-    )
+    assert moments and all(torch.equal(a, b) for a, b in zip(moments, state_of(optim)))
     assert not torch.equal(before[-1], list(tiny().parameters())[-1])
+
+
+def state_of(optimizer):
+    return [value for state in optimizer.state.values() for value in state.values() if value is not None]
 
 
 def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path):

@@ -34,7 +34,7 @@ class Data:
     """Images, how they are cut, and how many make a step.
 
     Args:
-        root: folder of images (any nesting, or ImageNet-style), text list, tar shards, fashion_mnist; or several of them
+        root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several
         val: held-out images of the same forms; by default a val part of root, or 1 % of it (at most 5,000)
         size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]
         batch: images of one optimizer step, over all processes

@@ -1,4 +1,4 @@
-"""How large a model is: parameters, and floating-point operations of one image (fvcore's count: a multiply-add is one)."""
+"""How large a model is: parameters, and multiply-adds of one image."""
 
 from __future__ import annotations
 

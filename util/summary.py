@@ -1,4 +1,4 @@
-"""The quickstart's last word: what pretraining gained, as a table and as report.json (python -m util.summary FOLDER)."""
+"""What pretraining gained in the quickstart: a table, and report.json (python -m util.summary FOLDER)."""
 
 from __future__ import annotations
 

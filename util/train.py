@@ -133,7 +133,7 @@ def train(
 
 
 def parallel(task: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
-    """The task as the loop calls it: compiled if wanted, with gradients averaged over processes if there are several."""
+    """The task as the loop calls it: compiled if wanted, its gradients averaged over processes if there are several."""
     if compiled:
         task.compile()
     if dist.world() == 1:

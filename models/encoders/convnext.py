@@ -63,7 +63,7 @@ class ConvNeXt(Pyramid):
 def sparse_block(block: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
     """timm's ConvNeXt block as if hidden cells did not exist: (B, C, h, w), (B, 1, h, w) bool -> (B, C, h, w).
 
-    The depthwise convolution reads zeros from hidden cells, which are zeros again before GRN takes its norm over places.
+    The depthwise convolution reads zeros from hidden cells, zeros again before GRN takes its norm over places.
     """
     to_mlp = "b c h w -> b c h w" if block.use_conv_mlp else "b c h w -> b h w c"
     back = " -> ".join(reversed(to_mlp.split(" -> ")))

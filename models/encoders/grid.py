@@ -21,7 +21,7 @@ class Mask:
     count: int
 
     def at(self, unit: int) -> Tensor:
-        """The same mask on a finer grid, (B, H / unit, W / unit) bool. ValueError if `unit` does not divide the mask's."""
+        """The same mask on a finer grid, (B, H / unit, W / unit) bool. ValueError if `unit` does not divide its own."""
         if self.unit % unit:
             raise ValueError(f"a mask of {self.unit} px cells has no grid of {unit} px: {unit} must divide {self.unit}")
         times = self.unit // unit

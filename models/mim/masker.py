@@ -39,7 +39,7 @@ def hide_top(scores: Tensor, ratio: float, unit: int) -> Mask:
 
 
 def grid(images: Tensor, unit: int) -> tuple[int, int, int]:
-    """Batch size, cells down, cells across. ValueError, naming the nearest sizes, if the unit divides a side unevenly."""
+    """Batch size, cells down, cells across. ValueError, naming the nearest sizes, unless the unit divides both."""
     b, _, *sides = images.shape
     for side in sides:
         if side % unit:

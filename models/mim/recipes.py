@@ -60,7 +60,7 @@ METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
-    """A target by name, of cells of `unit` px: "pixels", "normalized" (within each cell), "local" (around each pixel) or "hog"."""
+    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog"."""
     if name not in TARGETS:
         raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}')
     if name == "hog":

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+FLAT = 1e-4  # a gradient below it is rounding: a hundredth of one step of an 8-bit image
+
 
 class Target(nn.Module):
     """Turns images into one vector per cell.
@@ -112,6 +114,7 @@ class HOG(Target):
             across, down = rearrange(F.conv2d(padded, self.sobel), "(b c) g h w -> g b c h w", b=len(images))
             orientation = (torch.atan2(across, down) / math.pi * self.bins).floor() % self.bins
             magnitude = torch.hypot(across, down)
+            magnitude = magnitude * (magnitude > FLAT)
             # a pass for each bin: no atomic additions, so that the same image gives the same bits on a GPU too
             votes = [
                 reduce(magnitude * (orientation == k), "b c (h p) (w q) -> b c h w", "sum", p=self.unit, q=self.unit)
