@@ -11,7 +11,7 @@ from torch import nn
 from models.encoders.vit import ViT
 from models.mim import recipes
 from models.mim.picture import reconstruct
-from models.mim.target import HOG
+from models.mim.target import HOG, Target
 from util.errors import UserError
 from util.visualize import GAP, panel, save_panel, tile, wrap
 
@@ -99,7 +99,7 @@ def test_glyphs_follow_edges():
 
 def test_a_target_without_pictures_has_no_panel():
     mim = mae()
-    mim.target = nn.Identity()
+    mim.target = Target()
     assert reconstruct(mim, torch.rand(1, 3, 16, 16), (0, 0, 0), (1, 1, 1)) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Sequence
 
 import timm
 from timm.models import model_entrypoint
@@ -16,7 +17,7 @@ from models.encoders.vit import ViT
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
 
 
-def build_encoder(name: str, in_chans: int = 3, img_size: int | tuple[int, int] | None = None, **args) -> Encoder:
+def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
     """Any plain or hierarchical backbone of timm as an Encoder, without pretrained weights.
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the

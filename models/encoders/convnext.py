@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +47,7 @@ class ConvNeXt(Pyramid):
         super().set_grad_checkpointing(enable)
         self.checkpointing = enable
 
-    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+    def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is None:
             return super().encode(tokens)
         x, maps = rearrange(tokens, "b h w c -> b c h w"), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.grid import Features, Mask
@@ -43,13 +44,13 @@ class Encoder(nn.Module):
         """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
         raise NotImplementedError
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, in_chans, H, W) -> (B, H / patch, W / patch, width), before positions."""
         raise NotImplementedError
 
-    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+    def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         """(B, h, w, width) -> Features. With a mask, no visible cell is computed from a hidden one."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
         return self.encode(self.embed(images))

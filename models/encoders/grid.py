@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -16,18 +17,18 @@ class Mask:
     count: cells hidden in each image; the same for all, so that shapes stay static and nothing waits for the GPU
     """
 
-    cells: Tensor
+    cells: Bool[Tensor, "B h w"]
     unit: int
     count: int
 
-    def at(self, unit: int) -> Tensor:
+    def at(self, unit: int) -> Bool[Tensor, "B rows columns"]:
         """The same mask on a finer grid, (B, H / unit, W / unit) bool. ValueError if `unit` does not divide its own."""
         if self.unit % unit:
             raise ValueError(f"a mask of {self.unit} px cells has no grid of {unit} px: {unit} must divide {self.unit}")
         times = self.unit // unit
         return self.cells.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
-    def visible(self, unit: int) -> Tensor:
+    def visible(self, unit: int) -> Int[Tensor, "B n"]:
         """Flat indices of the visible cells on a finer grid, in raster order: (B, n) int64."""
         hidden = self.at(unit).flatten(1)
         n = hidden.shape[1] - self.count * (self.unit // unit) ** 2
@@ -45,5 +46,5 @@ class Features:
     prefix: class and register tokens (B, P, C), if the encoder has any
     """
 
-    maps: list[Tensor]
-    prefix: Tensor | None = None
+    maps: list[Float[Tensor, "B _ _ _"]]
+    prefix: Float[Tensor, "B P C"] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -18,7 +19,7 @@ class Fill(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, dim))
         nn.init.normal_(self.token, std=std)
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B h w C"], hidden: Bool[Tensor, "B h w"]) -> Float[Tensor, "B h w C"]:
         return torch.where(hidden[..., None], self.token.to(x.dtype), x)
 
 
@@ -33,11 +34,11 @@ class Cells(nn.Module):
         self.split = stride // unit
         self.linear = nn.Linear(width, self.split**2 * dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B rows columns D"]:
         return rearrange(self.linear(x), "b h w (p q d) -> b (h p) (w q) d", p=self.split, q=self.split)
 
 
-def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Tensor:
+def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "h w C"]:
     """Fixed 2D sine-cosine positions: (h, w, dim); the first half of the channels tells the column (MAE)."""
     if dim % 4:
         near = f"{dim // 4 * 4} or {dim // 4 * 4 + 4}"

@@ -7,6 +7,7 @@ from collections import defaultdict
 import timm
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from timm.models import group_parameters, model_entrypoint
 from torch import Tensor, nn
 
@@ -76,11 +77,11 @@ class Pyramid(Encoder):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         x = self.stem(images)
         return x if self.channels_last else rearrange(x, "b c h w -> b h w c")
 
-    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+    def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is not None:
             raise ValueError("this encoder computes every cell: hide with Replace or Paint instead of Skip")
         x = tokens if self.channels_last else rearrange(tokens, "b h w c -> b c h w")

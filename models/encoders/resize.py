@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ STEM = ("stem.", "vit.patch_embed.")
 
 
 def fit(
-    encoder: Encoder, key: str, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None
+    encoder: Encoder, key: str, value: Tensor, like: Tensor, img_size: int | Sequence[int] | None
 ) -> tuple[Tensor | None, str | None]:
     """A tensor in the shape that the encoder wants and how it got there; None where there is no way."""
     if key == "vit.pos_embed" and encoder.fixed:
@@ -46,7 +47,7 @@ def fit(
 
 
 def grids(
-    encoder: ViT, table: Tensor, img_size: int | tuple[int, int] | None
+    encoder: ViT, table: Tensor, img_size: int | Sequence[int] | None
 ) -> tuple[tuple[int, int] | None, tuple[int, int], int]:
     """The grid of a table of positions, None if it cannot be told; that of the encoder; and the prefix tokens in it."""
     new = tuple(encoder.vit.patch_embed.grid_size)
@@ -61,7 +62,7 @@ def grids(
     return None, new, prefix
 
 
-def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | tuple[int, int] | None) -> Tensor | None:
+def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | Sequence[int] | None) -> Tensor | None:
     """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
     old, _, prefix = grids(encoder, value, img_size)
     if old is None or value.shape[2] != encoder.width:

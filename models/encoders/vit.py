@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from timm.models import model_entrypoint
 from timm.models.beit import Beit, gen_relative_position_index
@@ -75,12 +76,12 @@ class ViT(Encoder):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.checkpointing = enable
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         check_sides(images, self.patch)
         stem = self.vit.patch_embed
         return stem.norm(rearrange(stem.proj(images), "b c h w -> b h w c"))
 
-    def encode(self, tokens: Tensor, mask: Mask | None = None) -> Features:
+    def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         vit, (b, h, w, _) = self.vit, tokens.shape
         prefix, position = self.prefix_and_position(h, w)
         x = tokens.flatten(1, 2) + position

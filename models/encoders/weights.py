@@ -6,7 +6,7 @@ import argparse
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -140,7 +140,7 @@ def load_state(
     state: State,
     allow_partial: bool = False,
     ignored: Counter[str] | None = None,
-    img_size: int | tuple[int, int] | None = None,
+    img_size: int | Sequence[int] | None = None,
 ) -> str:
     """Load tensors of our keys into an encoder, resized where its grid, windows or channels differ; one line on it.
 

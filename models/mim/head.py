@@ -6,10 +6,11 @@ A head is built from the encoder and the target it serves: widths, strides and u
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -19,10 +20,11 @@ from models.encoders.layers import Cells, Fill, sincos, xavier
 from models.mim.target import Target
 
 
+@runtime_checkable
 class Head(Protocol):
     """Features of an image and its mask -> guesses (B, H / unit, W / unit, dim), for every cell."""
 
-    def __call__(self, features: Features, mask: Mask) -> Tensor: ...
+    def __call__(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]: ...
 
 
 class LinearHead(nn.Module):
@@ -32,7 +34,7 @@ class LinearHead(nn.Module):
         super().__init__()
         self.cells = Cells(encoder.dims[-1], encoder.strides[-1], target.unit, target.dim)
 
-    def forward(self, features: Features, mask: Mask) -> Tensor:
+    def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
         return self.cells(rearrange(features.maps[-1], "b c h w -> b h w c"))
 
 
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
         xavier(self)
         self.fill = Fill(width) if fill else None
 
-    def forward(self, features: Features, mask: Mask) -> Tensor:
+    def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
         x = self.project(rearrange(features.maps[-1], "b c h w -> b h w c"))
         _, h, w, c = x.shape
         if self.fill is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
@@ -12,12 +13,13 @@ from models.encoders.grid import Features, Mask
 from models.encoders.layers import Fill
 
 
+@runtime_checkable
 class Hide(Protocol):
     """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells."""
 
     encoder: Encoder
 
-    def __call__(self, images: Tensor, mask: Mask) -> Features: ...
+    def __call__(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features: ...
 
 
 class Skip(nn.Module):
@@ -32,7 +34,7 @@ class Skip(nn.Module):
             )
         self.encoder = encoder
 
-    def forward(self, images: Tensor, mask: Mask) -> Features:
+    def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         seen = images * ~mask.at(1)[:, None]
         return self.encoder.encode(self.encoder.embed(seen), mask)
 
@@ -49,7 +51,7 @@ class Replace(nn.Module):
             )
         self.encoder, self.fill = encoder, Fill(encoder.width)
 
-    def forward(self, images: Tensor, mask: Mask) -> Features:
+    def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         return self.encoder.encode(self.fill(self.encoder.embed(images), mask.at(self.encoder.patch)))
 
 
@@ -60,6 +62,6 @@ class Paint(nn.Module):
         super().__init__()
         self.encoder, self.fill = encoder, Fill(encoder.in_chans)
 
-    def forward(self, images: Tensor, mask: Mask) -> Features:
+    def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))
         return self.encoder(rearrange(painted, "b h w c -> b c h w"))

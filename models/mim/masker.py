@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from models.encoders.grid import Mask
 
 
+@runtime_checkable
 class Masker(Protocol):
     """Draws a mask for a batch of images (B, C, H, W); `unit` is the side of its cells in pixels."""
 
     unit: int
-    ratio: float
 
-    def __call__(self, images: Tensor) -> Mask: ...
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Mask: ...
 
 
-def hide_top(scores: Tensor, ratio: float, unit: int) -> Mask:
+def hide_top(scores: Float[Tensor, "B h w"], ratio: float, unit: int) -> Mask:
     """Hide the cells of highest score, ceil(ratio * cells) in each image: (B, h, w) -> Mask.
 
     Rounding up gives the published counts: 147 of 196 for MAE, 22 of 36 for SimMIM, 30 of 49 for FCMAE.
@@ -38,7 +39,7 @@ def hide_top(scores: Tensor, ratio: float, unit: int) -> Mask:
     return Mask(cells.view_as(scores), unit, count)
 
 
-def grid(images: Tensor, unit: int) -> tuple[int, int, int]:
+def grid(images: Float[Tensor, "B C H W"], unit: int) -> tuple[int, int, int]:
     """Batch size, cells down, cells across. ValueError, naming the nearest sizes, unless the unit divides both."""
     b, _, *sides = images.shape
     for side in sides:
@@ -59,7 +60,7 @@ class RandomMasker:
     ratio: float
     shared: bool = False
 
-    def __call__(self, images: Tensor) -> Mask:
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Mask:
         b, h, w = grid(images, self.unit)
         scores = torch.rand(1 if self.shared else b, h, w, device=images.device)
         return hide_top(scores.expand(b, h, w), self.ratio, self.unit)
@@ -83,7 +84,7 @@ class BlockMasker:
     most: int | None = None
     draws: int = 32  # rectangles drawn for each image; enough to reach the ratio nearly always
 
-    def __call__(self, images: Tensor) -> Mask:
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Mask:
         b, h, w = grid(images, self.unit)
         hidden = torch.zeros(b, h, w, device=images.device)
         room = torch.full((b,), math.ceil(self.ratio * h * w - 1e-6), device=images.device)

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
+from jaxtyping import Float
 from torch import Tensor, nn
 
 FLAT = 1e-4  # a gradient below it is rounding: a hundredth of one step of an 8-bit image
@@ -26,7 +27,7 @@ class Target(nn.Module):
     glyphs: bool = False
     note: str = ""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
         raise NotImplementedError
 
@@ -44,14 +45,16 @@ class Pixels(Target):
             self.note = "Mean and contrast of each guessed cell are borrowed from the original."
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         cells = rearrange(images.float(), "b c (h p) (w q) -> b h w (p q c)", p=self.unit, q=self.unit)
         if self.normalize:
             mean, spread = mean_and_spread(cells)
             cells = (cells - mean) / spread
         return cells
 
-    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+    def picture(
+        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B _ rows columns"]:
         """Guessed cells as an image (B, C, H, W); normalised ones borrow mean and contrast from `images`."""
         if self.normalize:
             mean, spread = mean_and_spread(Pixels(self.unit, images.shape[1], normalize=False)(images))
@@ -73,7 +76,7 @@ class LocalPixels(Pixels):
         self.note = "Mean and contrast around each guessed pixel are borrowed from the original."
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         mean, spread = self.surroundings(images)
         return super().forward((images.float() - mean) / spread)
 
@@ -92,7 +95,9 @@ class LocalPixels(Pixels):
         x = F.avg_pool2d(x, (n, 1), 1, (half, 0), count_include_pad=count_include_pad)
         return F.avg_pool2d(x, (1, n), 1, (0, half), count_include_pad=count_include_pad)
 
-    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+    def picture(
+        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B _ rows columns"]:
         mean, spread = self.surroundings(images)
         return super().picture(guess, images) * spread + mean
 
@@ -114,7 +119,7 @@ class HOG(Target):
         self.register_buffer("sobel", torch.stack([sobel, sobel.T])[:, None], persistent=False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         with torch.autocast(images.device.type, enabled=False):
             padded = F.pad(rearrange(images.float(), "b c h w -> (b c) 1 h w"), (1, 1, 1, 1), mode="reflect")
             across, down = rearrange(F.conv2d(padded, self.sobel), "(b c) g h w -> g b c h w", b=len(images))
@@ -131,7 +136,9 @@ class HOG(Target):
                 cells = F.normalize(cells, dim=-1)
         return rearrange(cells, "b c h w n -> b h w (c n)")
 
-    def picture(self, guess: Tensor, images: Tensor) -> Tensor:
+    def picture(
+        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B _ rows columns"]:
         """Guessed histograms as glyphs (B, 1, n H, n W) in [0, 1]: in each cell, a stroke along each kind of edge.
 
         A stroke is as bright as its bin's square, averaged over the channels: a cell's strokes share a light of 1, and
