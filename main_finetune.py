@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from util.config import Finetune, build, read
-from util.errors import UserError
+from util.errors import UserError, command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,6 +86,4 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from util.start import command
-
     command(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from util.config import Pretrain, build, read
-from util.errors import UserError
+from util.errors import UserError, command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,6 +84,4 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from util.start import command
-
     command(main)

@@ -88,13 +88,13 @@ def test_skip_hides_pixels(name):
     assert (one - two).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("way", [Replace, Paint])
-@pytest.mark.parametrize("name", OTHERS)
+REFUSED = ("pvt_v2_b0", Replace)  # its patches overlap: see test_wrong_combinations_say_what_to_use
+
+
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n in OTHERS for w in (Replace, Paint) if (n, w) != REFUSED])
 @torch.no_grad()
 def test_replace_and_paint_hide_pixels(name, way):
     encoder = small(name, OTHERS)
-    if way is Replace and encoder.overlaps:
-        pytest.skip("refused: see below")
     images, mask = images_and_mask(encoder)
     others, hide = other_where_hidden(images, mask), way(encoder).double()
     for one, two in zip(hide(images, mask).maps, hide(others, mask).maps):

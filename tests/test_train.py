@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.encoders.build import build_encoder
 from models.mim.recipes import mae
@@ -211,6 +212,27 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert left.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert equal(whole, go(tmp_path / "parts", save_every=100))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a number off a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["mae", "finetune"])
+def test_no_step_waits_for_the_device(tmp_path, task):
+    """Three times the steps between two lines of the log read no more numbers."""
+    counts = []
+    for epochs in (1, 3):
+        with Waits() as waits:
+            go(tmp_path / str(epochs), task=task, epochs=epochs, log_every=100, save_every=100)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_evaluations_come_when_they_are_due(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +43,7 @@ def init(device: str = "auto", timeout_s: float = 60) -> torch.device:
         torch_dist.destroy_process_group()
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         _flags = torch_dist.new_group(backend="gloo")
+        atexit.register(shutdown)
     return place
 
 
@@ -50,7 +52,7 @@ def first_line(error: Exception) -> str:
 
 
 def shutdown() -> None:
-    """Leave the run; to be called once at the end."""
+    """Leave the run, as happens by itself at the end of the program."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 

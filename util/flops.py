@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts functions as it is imported
+    from fvcore.nn import FlopCountAnalysis
 
 
 def parameters(module: nn.Module) -> int:

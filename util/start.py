@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -154,15 +152,3 @@ def report(folder: Path, figures: dict) -> None:
         aside = folder / "report.json.writing"
         aside.write_text(json.dumps(figures, indent=2) + "\n")
         os.replace(aside, folder / "report.json")
-
-
-def command(main: Callable[[list[str] | None], None]) -> NoReturn:
-    """Run a main; what the user can mend is told in one line, with exit code 2."""
-    try:
-        main(None)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        dist.shutdown()
-    sys.exit(0)
