@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from util.config import Pretrain, build, read
+from util.config import Pretrain
 from util.errors import UserError, command
+from util.options import build, read
 
 
 def main(argv: list[str] | None = None) -> None:

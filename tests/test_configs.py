@@ -9,9 +9,10 @@ from models.encoders.build import build_encoder
 from models.mim.recipes import METHODS
 from models.transfer.recipes import TASKS
 from util import flops
-from util.config import Finetune, Pretrain, build, read
+from util.config import Finetune, Pretrain
 from util.data.loader import read_schedule
 from util.optim import build_optimizer
+from util.options import build, read
 
 ROOT = Path(__file__).parent.parent / "configs"
 PRETRAIN = sorted((ROOT / "pretrain").glob("*.yaml")) + [ROOT / "quickstart/pretrain.yaml"]

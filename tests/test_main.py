@@ -21,6 +21,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 import main_finetune
 import main_pretrain
 from util.errors import UserError
+from util.summary import summarize
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ["--config", str(ROOT / "configs/quickstart/pretrain.yaml"), "--data.batch", "16", "--run.epochs", "2"]
@@ -221,3 +222,21 @@ def test_help_is_quick():
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "per 256 images" in found.stdout and time.perf_counter() - start < 20
+
+
+def test_the_summary_has_the_figures_of_all_runs(tmp_path):
+    for i, (task, weights) in enumerate(
+        [(t, w) for t in ("knn", "linear", "finetune") for w in ("scratch", "pretrained")]
+    ):
+        (tmp_path / task / weights).mkdir(parents=True)
+        (tmp_path / task / weights / "report.json").write_text(json.dumps({"top1": i / 10}))
+    table = summarize(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == {
+        "knn.random": 0.0,
+        "knn.pretrained": 0.1,
+        "linear.random": 0.2,
+        "linear.pretrained": 0.3,
+        "finetune_1000.scratch": 0.4,
+        "finetune_1000.pretrained": 0.5,
+    }
+    assert "0.4000      0.5000  +0.1000" in table

@@ -14,7 +14,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from util import dist, flops
-from util.config import Data, Optim, Run, claim_folder
+from util.config import Data, Optim, Run
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
 from util.data.loader import Loader, Ordered, read_schedule
@@ -23,6 +23,7 @@ from util.data.transforms import CentreCrop, Transform
 from util.errors import UserError
 from util.log import Log
 from util.optim import Schedule
+from util.options import claim_folder
 
 
 def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:

@@ -1,0 +1,127 @@
+"""Options from one yaml and the command line into dataclasses, and parts from their names; errors are one line each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from util.config import Part
+from util.errors import UserError
+
+# what may differ when a run is continued: it changes where and how fast a run goes, not what it computes
+FREE = (
+    "run.folder",
+    "run.device",
+    "run.log_every",
+    "run.save_every",
+    "run.evaluate_every",
+    "run.panel",
+    "run.probe",
+    "data.workers",
+)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose errors are one line, with the nearest valid key, and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(explain(message, self.options()))
+
+    def options(self) -> list[str]:
+        names = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        return sorted(name for name in names if name not in ("h", "help", "config", "print_config"))
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """The parser's complaint in one line, naming the nearest key to one that does not exist."""
+    message = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: --?([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    inside = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown or inside:
+        key = ".".join(inside.groups()) if inside else unknown[1] or unknown[2]
+        near = nearest(key, keys)
+        return f"there is no option {key}" + (f"; the nearest is {near}" if near else "")
+    typed = re.search(r'Parser key "([\w.]+)":.*(?:Got value|Given value): (.*)', message)
+    if typed:
+        wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.]*))", message)
+        kinds = " or ".join(dict.fromkeys(a or b for a, b in wanted)) or "of another kind"
+        return f"{typed[1]} is {typed[2]}, but has to be {kinds}"
+    return message
+
+
+def nearest(key: str, keys: list[str]) -> str | None:
+    """The option most like a misspelt one, by its whole name or else by its last word."""
+    leaves = [k for k in keys if not any(other.startswith(k + ".") for other in keys)]
+    by_end = {k.rpartition(".")[2]: k for k in leaves}
+    whole = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
+    ends = difflib.get_close_matches(key.rpartition(".")[2], by_end, n=1, cutoff=0.0)
+    return whole[0] if whole else by_end[ends[0]] if ends else None
+
+
+def read(schema: type, argv: list[str] | None = None) -> tuple[Any, dict]:
+    """The options in a yaml and on the command line: as dataclasses, and as the plain dict that describes the run.
+
+    UserError, in one line, for an unknown or ill-typed key or an unreadable file.
+    """
+    parser = Parser(description=schema.__doc__.splitlines()[0], prog=Path(sys.argv[0]).name)
+    parser.add_argument("--config", action="config", help="a yaml with any of the options below")
+    parser.add_class_arguments(schema)
+    found = parser.parse_args(argv)
+    plain = yaml.safe_load(parser.dump(found, skip_none=False))
+    return schema(**{k: v for k, v in vars(parser.instantiate(found)).items() if k != "config"}), plain
+
+
+def build(what: str, part: Part, table: dict[str, Callable], *given, **options) -> Any:
+    """Call the builder of a part's name with `given` and the part's arguments, checked against its signature.
+
+    UserError for an unknown name or argument, naming the nearest.
+    """
+    if part.name not in table:
+        near = difflib.get_close_matches(part.name, table, n=1, cutoff=0.0)
+        raise UserError(f'no {what} is called "{part.name}"; the nearest is "{near[0]}" of {", ".join(table)}')
+    builder = table[part.name]
+    parser = Parser()
+    taken = {"self", *list(builder.__annotations__ or {})[: len(given)], *options}
+    add = parser.add_class_arguments if isinstance(builder, type) else parser.add_function_arguments
+    add(builder, skip=taken)
+    try:
+        found = parser.parse_object(Namespace(**part.args))
+    except UserError as error:
+        raise UserError(f"{what}.args of {part.name}: {error}") from None
+    try:
+        return builder(*given, **options, **vars(found))
+    except ValueError as error:
+        raise UserError(f"{what} {part.name}: {error}") from error
+
+
+def claim_folder(folder: Path, plain: dict) -> None:
+    """Write the run's config into its folder, or check that the run that the folder holds is this one.
+
+    UserError naming the keys that differ.
+    """
+    path, text = folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
+    if path.exists():
+        theirs = flat(yaml.safe_load(path.read_text()))
+        ours = flat(yaml.safe_load(text))
+        differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in FREE]
+        if differing:
+            pairs = ", ".join(f"{k} ({theirs.get(k)} there, {ours.get(k)} here)" for k in differing[:5])
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise UserError(f"{folder} holds another run: {pairs}{more} differ; choose another run.folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
