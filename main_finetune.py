@@ -22,13 +22,14 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     from models.encoders.weights import load_encoder, load_normalization
     from models.transfer.frozen import features, knn
     from models.transfer.recipes import TASKS
-    from util import checkpoint, start
+    from util import checkpoint, dist, start
     from util.data.loader import read_schedule
     from util.data.transforms import Augment
     from util.optim import build_optimizer
     from util.train import precision, seed, train
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    start.check(data, optim, run)
     device, log = start.begin(run, plain)
     size = read_schedule(data.size)[-1][1]
     changes = {"img_size": size} | config.changes
@@ -46,6 +47,8 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
             encoder = load_encoder(config.weights, config.allow_partial, log, **changes)
             stored = load_normalization(config.weights)
         found = start.find_data(data, run.seed, True, encoder.in_chans, log)
+    if len(found.classes) < 2:
+        raise UserError(f"there is one class alone in {data.root}, {found.classes[0]}: nothing to tell apart")
     batches = start.Batches(data, run, found, stored, device, log)
     encoder.to(device).set_grad_checkpointing(run.checkpointing)
     start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
@@ -67,6 +70,8 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         depth = {"channels": found.train.channels, "bits": found.survey.bits}
         augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
         loader = batches.train(augment)
+        if task.mixer is not None and data.batch // loader.accumulate // dist.world() % 2:
+            raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
         lr_at = start.schedule(optim, loader, run, log)
         optimizer = build_optimizer(
             task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay

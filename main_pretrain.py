@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     """One run of a config, from its beginning or from where its folder left it; gives the final figures."""
     from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
-    from models.mim.health import health, verdict
+    from models.mim.health import FEW, health, verdict
     from models.mim.picture import reconstruct
     from models.mim.recipes import METHODS
     from models.transfer.frozen import features, knn
@@ -31,6 +31,9 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from util.visualize import panel, save_panel
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    start.check(data, optim, run)
+    if data.augment != "none" or data.jitter or data.erase:
+        raise UserError("pretraining crops and flips, no more: leave out data.augment, data.jitter and data.erase")
     device, log = start.begin(run, plain)
     try:
         found = start.find_data(data, run.seed, True, None, log)
@@ -59,13 +62,13 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
 
     def evaluate(step: int) -> dict[str, float]:
         figures = health(task, held_out, run.seed)
-        if found.classes is not None:
+        if found.classes is not None and len(found.classes) > 1 and figures["images"] >= FEW:
             figures["knn"] = knn(*features(encoder, bank), *features(encoder, held_out))
         epoch = step / loader.steps_per_epoch
         log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
         last.update(figures=figures, epoch=epoch)
         images = next(iter(held_out))["image"][: run.panel]
-        pictures = reconstruct(task, images, batches.mean, batches.std, run.seed)
+        pictures = reconstruct(task, images, batches.mean, batches.std, run.seed) if run.panel else None
         if pictures is not None:
             sheet = panel(pictures.columns, pictures.caption)
             log.picture(step, "reconstruction", sheet)

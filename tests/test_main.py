@@ -65,7 +65,7 @@ def test_the_same_config_takes_any_images(tmp_path, capsys, kind, channels):
     root = fill_folder(tmp_path / "images", kind)
     figures = pretrain(root, tmp_path / "run")
     said = capsys.readouterr().out
-    assert {"heldout", "mean_fill", "bilinear_fill", "rank", "spread", "knn"} <= figures.keys()
+    assert {"heldout", "mean_fill", "bilinear_fill", "rank", "spread"} <= figures.keys()
     assert f"{channels} channel" in said and "39 to train on, 1 to validate" in said
     assert "images/s" in said and "left" in said and "held-out" in said
     run = tmp_path / "run"
@@ -87,10 +87,10 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     root = Path(fill_folder(tmp_path / "images", "RGB"))
     broken = root / "a" / "deeper" / "0.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    pretrain(str(root), tmp_path / "run", "--data.max_bad", "0.2")
+    pretrain(str(root), tmp_path / "run")
     assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == [str(broken)]
     with pytest.raises(UserError, match="max_bad"):
-        pretrain(str(root), tmp_path / "strict", "--data.max_bad", "0.01")
+        pretrain(str(root), tmp_path / "strict", "--data.max_bad", "0")
 
 
 PVT = ["--encoder.name", "pvt_v2_b0", "--encoder.args", "{}"]
@@ -240,3 +240,15 @@ def test_the_summary_has_the_figures_of_all_runs(tmp_path):
         "finetune_1000.pretrained": 0.5,
     }
     assert "0.4000      0.5000  +0.1000" in table
+
+
+def test_one_folder_is_written_by_one_run(tmp_path):
+    root = fill_folder(tmp_path / "images", "RGB", 20)
+    more = ["--data.root", root, "--run.folder", str(tmp_path / "run"), "--run.epochs", "500"]
+    argv = [sys.executable, ROOT / "main_pretrain.py", *PRETRAIN, *SMALL, *more]
+    first = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert any("step " in line for line in first.stdout)
+    second = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2 and "another run is writing" in second.stderr

@@ -86,4 +86,6 @@ def export(path: Path, encoder: nn.Module, normalization: dict) -> None:
         metadata = {"encoder": json.dumps(encoder.plan), "normalization": json.dumps(normalization), "format": "pt"}
         aside = path.with_suffix(".writing")
         save_file(tensors, aside, metadata)
+        os.umask(mask := os.umask(0))
+        os.chmod(aside, 0o666 & ~mask)  # safetensors leaves it to its owner alone
         os.replace(aside, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from util import dist
+from util.errors import UserError
 
 
 class Log:
@@ -23,8 +25,13 @@ class Log:
         if dist.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help need not wait for
 
-            folder.mkdir(parents=True, exist_ok=True)
             self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, however a run ends
+            except OSError as error:
+                raise UserError(
+                    f"another run is writing {folder}: wait for it, or choose another run.folder"
+                ) from error
             self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def __call__(self, text: str) -> None:

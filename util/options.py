@@ -70,7 +70,7 @@ def read(schema: type, argv: list[str] | None = None) -> tuple[Any, dict]:
 
     UserError, in one line, for an unknown or ill-typed key or an unreadable file.
     """
-    parser = Parser(description=schema.__doc__.splitlines()[0], prog=Path(sys.argv[0]).name)
+    parser = Parser(allow_abbrev=False, description=schema.__doc__.splitlines()[0], prog=Path(sys.argv[0]).name)
     parser.add_argument("--config", action="config", help="a yaml with any of the options below")
     parser.add_class_arguments(schema)
     found = parser.parse_args(argv)
@@ -104,18 +104,22 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
 def claim_folder(folder: Path, plain: dict) -> None:
     """Write the run's config into its folder, or check that the run that the folder holds is this one.
 
-    UserError naming the keys that differ.
+    UserError naming the keys that differ, or if the folder cannot be used.
     """
     path, text = folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
-    if path.exists():
-        theirs = flat(yaml.safe_load(path.read_text()))
-        ours = flat(yaml.safe_load(text))
-        differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in FREE]
+    try:
+        there = flat(yaml.safe_load(path.read_text())) if path.exists() else None
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"run.folder {folder} cannot be used, choose another or remove it: {line}") from error
+    here = flat(yaml.safe_load(text))
+    if there is not None:
+        differing = [k for k in {**here, **there} if here.get(k) != there.get(k) and k not in FREE]
         if differing:
-            pairs = ", ".join(f"{k} ({theirs.get(k)} there, {ours.get(k)} here)" for k in differing[:5])
+            pairs = ", ".join(f"{k} ({there.get(k)} there, {here.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise UserError(f"{folder} holds another run: {pairs}{more} differ; choose another run.folder or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 

@@ -25,12 +25,45 @@ from util.log import Log
 from util.optim import Schedule
 from util.options import claim_folder
 
+LEAST = {
+    "data.batch": 1,
+    "data.workers": 0,
+    "run.per_device": 1,
+    "run.log_every": 1,
+    "run.save_every": 1,
+    "run.evaluate_every": 0,
+    "run.panel": 0,
+    "run.probe": 1,
+    "optim.clip": 0,
+}
+
+
+def check(data: Data, optim: Optim, run: Run) -> None:
+    """UserError, before anything is read, for numbers and names that cannot be meant."""
+    sections = {"data": data, "optim": optim, "run": run}
+    for key, least in LEAST.items():
+        section, name = key.split(".")
+        value = getattr(sections[section], name)
+        if value is not None and value < least:
+            raise UserError(f"{key} is {value}, but has to be at least {least}")
+    if run.epochs <= 0:
+        raise UserError(f"run.epochs is {run.epochs}, but has to be above 0")
+    for key, value, choices in (
+        ("run.dtype", run.dtype, ("bfloat16", "float16", "float32")),
+        ("run.device", run.device, ("auto", "cuda", "cpu")),
+        ("optim.name", optim.name, ("adamw", "lars", "sgd")),
+    ):
+        if value not in choices:
+            raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
+    if (data.mean is None) != (data.std is None):
+        raise UserError("data.mean and data.std go together: give both or neither")
+    if data.std is not None and min(data.std) <= 0:
+        raise UserError(f"data.std is {data.std}, but has to be above 0 in every channel")
+
 
 def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
     """Join the other processes, claim the run's folder, open its log."""
     device = dist.init(run.device)
-    if run.dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"run.dtype is {run.dtype}, but has to be bfloat16, float16 or float32")
     # on a CPU, the fused attention's backward pass in bfloat16 takes several times as long as the plain products
     set_fused_attn(device.type != "cpu")
     with dist.main_first():

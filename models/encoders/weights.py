@@ -25,7 +25,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 def load_encoder(
     source: str, allow_partial: bool = False, log: Callable[[str], None] | None = None, **changes
 ) -> Encoder:
-    """The encoder of a file, with its weights.
+    """The encoder of a file, with its weights, in evaluation mode.
 
     source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
                    "convnextv2:" and the path of a checkpoint of that repository, whose sizes are read off its tensors
@@ -53,7 +53,7 @@ def load_encoder(
         raise ValueError(f"{path}: {error}") from error
     if log is not None:
         log(f"{path}: {line}")
-    return encoder
+    return encoder.eval()
 
 
 def load_normalization(source: str) -> dict:

@@ -14,6 +14,7 @@ from models.mim.method import MIM
 from util import dist
 
 TRIVIAL = {"mean_fill": "mean fill", "bilinear_fill": "bilinear", "mean_cell": "mean cell"}
+FEW = 8  # images that say nothing about collapse
 COLLAPSED = 0.01  # a spread below it; bfloat16 alone makes 0.004 of features that are all the same
 
 
@@ -151,6 +152,8 @@ def verdict(now: dict[str, float], before: dict[str, float] | None = None, epoch
         parts[0] += f": {against(loss, guesses)}"
     if before is not None and math.isfinite(before["heldout"]):
         parts.append(progress(loss, before["heldout"], epochs_between))
+    if now["images"] < FEW:
+        return "; ".join([*parts, f"too few held-out images ({now['images']:.0f}) to judge the features by"])
     if now["spread"] < COLLAPSED or now["rank"] < 2:
         parts.append(f"FEATURES HAVE COLLAPSED: all images look alike to the encoder (spread {now['spread']:.2g})")
     most = min(now["dim"], now["images"] - 1)

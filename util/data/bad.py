@@ -32,7 +32,8 @@ class BadImages:
             file.writelines(f"{path}\n" for path in new)
         self.names = known + new
         count = len(self.names)
-        if count > self.limit * self.total or count - self.before > max(EARLY, CLEARLY * self.limit * self.tried):
+        allowed = max(self.limit * self.total, 1 if self.limit else 0)  # 1 % of a small folder is less than one image
+        if count > allowed or count - self.before > max(EARLY, CLEARLY * self.limit * self.tried):
             raise UserError(
                 f"{count:,} of {self.total:,} images cannot be read, data.max_bad allows {self.limit:.4g} of them: "
                 f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''} ({found[0][1]}); "

@@ -25,8 +25,8 @@ class Files:
         return open(self.path(i), "rb")
 
     def tag(self, i: int) -> str | None:
-        if self.tags:
-            return self.tags[i]
+        if self.tags is not None:
+            return self.tags[i] or None
         folder, slash, _ = self.names[i].partition("/")
         return folder if slash else None
 
@@ -112,4 +112,4 @@ def read_list(path: Path) -> Files:
         raise UserError(
             f"{path} labels {sum(map(bool, tags)):,} of {len(tags):,} images, for instance not {names[tags.index('')]}"
         )
-    return Files(path.parent, Names(names), Names(tags) if tags[0] else None)
+    return Files(path.parent, Names(names), Names(tags))
