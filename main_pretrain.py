@@ -18,8 +18,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     """One run of a config, from its beginning or from where its folder left it; gives the final figures."""
-    from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
+    import torch  # heavy imports come once the config is known to be right
+
+    from models.encoders.build import build_encoder
     from models.mim.health import FEW, health, verdict
+    from models.mim.method import MIM
     from models.mim.picture import reconstruct
     from models.mim.recipes import METHODS
     from models.transfer.frozen import features, knn
@@ -34,6 +37,15 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     start.check(data, optim, run)
     if data.augment != "none" or data.jitter or data.erase:
         raise UserError("pretraining crops and flips, no more: leave out data.augment, data.jitter and data.erase")
+    size = read_schedule(data.size)[0][1]
+
+    def method(channels: int) -> MIM:
+        with start.told("encoder"):
+            encoder = build_encoder(config.encoder.name, channels, **{"img_size": size} | config.encoder.args)
+        return build("method", config.method, METHODS, encoder)
+
+    with torch.device("meta"):
+        method(data.in_chans or 3)  # so that a wrong name or argument is told before all images are looked at
     device, log = start.begin(run, plain)
     try:
         found = start.find_data(data, run.seed, True, None, log)
@@ -42,11 +54,10 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     batches = start.Batches(data, run, found, None, device, log)
 
     seed(run.seed)
-    size, channels = read_schedule(data.size)[0][1], found.train.channels
-    with start.told("encoder"):
-        encoder = build_encoder(config.encoder.name, channels, **{"img_size": size} | config.encoder.args)
+    channels = found.train.channels
+    task = method(channels).to(device)
+    encoder = task.encoder
     encoder.set_grad_checkpointing(run.checkpointing)
-    task = build("method", config.method, METHODS, encoder).to(device)
     start.try_sizes(task, data, channels, device)
     start.describe(config.encoder.name, encoder, channels, size, log)
 

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.encoders.build import build_encoder
@@ -254,11 +257,19 @@ def process(rank, world, folder, port):
 
 
 def test_two_processes_stay_equal_and_resume(tmp_path):
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
     mp.spawn(process, (2, str(tmp_path / "run"), get_free_port()), nprocs=2)
     a, b = (torch.load(tmp_path / "run" / f"weights_{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in a)
     start = tiny().state_dict()
     assert any(not torch.equal(a[key], start[key]) for key in a)
     assert len(lines(tmp_path / "run", "loss")) == 5  # one process writes: steps 1, 3, 6, 9 and 10
+
+
+def test_a_missing_process_is_told_at_once():
+    code = (
+        "import os, sys\nfrom util import dist\nfrom util.errors import command\ncommand(lambda: dist.init('cpu', 3))"
+    )
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(get_free_port())
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2 and "rank 0 of 2 did not meet the others within 3 s" in found.stderr

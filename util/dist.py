@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from util.errors import UserError
 
@@ -33,16 +34,15 @@ def init(device: str = "auto", timeout_s: float = 60) -> torch.device:
     if cuda:
         torch.cuda.set_device(place)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch_dist.is_initialized():
-        who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-        try:
-            # the first meeting is on CPUs and short: a missing process is told at once instead of hanging for minutes
-            torch_dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-            torch_dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
-        except Exception as error:
+        who, soon = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}", timedelta(seconds=timeout_s)
+        try:  # the first meeting is short: a process that is missing is told at once instead of hanging for minutes
+            torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=soon)
+            _flags = torch_dist.new_group(backend="gloo", timeout=soon)
+            torch_dist.monitored_barrier(_flags, timeout=soon, wait_all_ranks=True)
+        except Exception as error:  # torch raises many kinds, and all mean that somebody is not there
             raise UserError(f"{who} did not meet the others within {timeout_s:g} s: {first_line(error)}") from error
-        torch_dist.destroy_process_group()
-        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        _flags = torch_dist.new_group(backend="gloo")
+        for group in (None, _flags):  # later, one may save or evaluate for a while as the others wait
+            _set_pg_timeout(timedelta(minutes=30), group)
         atexit.register(shutdown)
     return place
 
