@@ -212,6 +212,15 @@ def test_lists(tmp_path):
     ]
 
 
+def test_a_list_without_labels_has_none(tmp_path):
+    """Its folders are no labels either: a list says what it means."""
+    make(tmp_path, [f"photos/{i}.png" for i in range(6)])
+    (tmp_path / "all.txt").write_text("".join(f"photos/{i}.png\n" for i in range(6)))
+    assert open_images(str(tmp_path / "all.txt")).train.labels is None
+    with pytest.raises(UserError, match="has no label"):
+        open_images(str(tmp_path / "all.txt"), labels=True)
+
+
 def shard(path, samples):
     with tarfile.open(path, "w") as tar:
         for name, content in samples:
