@@ -28,7 +28,7 @@ apt = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 
 quickstart: .venv/installed
 	@test "$(ROOT)" != fashion_mnist || test -e /usr/share/datasets/fashion-mnist || \
-		{ $(call apt,dataset-fashion-mnist,Fashion-MNIST is not a Debian package here; trying its download); } || true
+		( $(call apt,dataset-fashion-mnist,Fashion-MNIST is downloaded unless its Debian package is installed) ) || true
 	@$(RUN) main_pretrain.py --config configs/quickstart/pretrain.yaml --data.root $(ROOT) --run.folder $(OUT)/pretrain
 	@for task in knn linear finetune; do for weights in $(OUT)/pretrain/encoder.safetensors none; do \
 		$(RUN) main_finetune.py --config configs/quickstart/$$task.yaml --data.root $(ROOT) --weights $$weights \
