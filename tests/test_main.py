@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -214,14 +213,12 @@ def write_idx(folder, train=256, test=96):
     return f"fashion_mnist:{folder}"
 
 
-def test_help_is_quick():
-    """A generous bound on a shared machine: what it guards against is torch in --help, which alone takes longer."""
+def test_help_waits_for_no_heavy_import():
     code = "import sys; sys.argv = ['main_pretrain.py', '--help']\nimport main_pretrain\n"
     code += "try: main_pretrain.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    start = time.perf_counter()
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert "per 256 images" in found.stdout and time.perf_counter() - start < 20
+    assert "per 256 images" in found.stdout
 
 
 def test_the_summary_has_the_figures_of_all_runs(tmp_path):
