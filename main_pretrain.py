@@ -21,10 +21,10 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     import torch  # heavy imports come once the config is known to be right
 
     from models.encoders.build import build_encoder
-    from models.mim.health import FEW, health, verdict
     from models.mim.method import MIM
-    from models.mim.picture import reconstruct
     from models.mim.recipes import METHODS
+    from models.monitor.health import FEW, health, verdict
+    from models.monitor.picture import reconstruct
     from models.transfer.frozen import features, knn
     from util import checkpoint, dist, start
     from util.data.loader import read_schedule

@@ -1,9 +1,11 @@
 """Every yaml loads, and builds its model at full size without memory for it; sizes agree with the papers."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.encoders.build import build_encoder
 from models.mim.recipes import METHODS
@@ -65,6 +67,24 @@ def test_every_config_says_how_to_run_it_and_what_to_expect():
         folder = f"configs/{path.parent.name}/{path.name}"
         assert any(f"--config {folder}" in line for line in header), path
         assert "top-1" in " ".join(header), path
+
+
+SAYS = re.compile(r"# Paper: ([\d.]+) M parameters(?:, ([\d.]+) G multiply-adds at (\d+) px)?")
+SAYING = [path for path in PRETRAIN if SAYS.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", SAYING, ids=lambda path: path.stem)
+def test_sizes_are_those_that_the_headers_quote(path):
+    """Within 2 %, with a classifier of 1,000 classes, as the papers count."""
+    config, _ = read(Pretrain, ["--config", str(path)])
+    mega, giga, size = SAYS.search(path.read_text()).groups()
+    encoder = encoder_of(config, **({"img_size": int(size)} if size else {})).eval()
+    classifier = 1000 * (encoder.dims[-1] + 1)
+    assert (flops.parameters(encoder) + classifier) / 1e6 == pytest.approx(float(mega), rel=0.02)
+    if giga:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(torch.zeros(1, 3, int(size), int(size), device="meta"))
+        assert counter.get_total_flops() / 2e9 == pytest.approx(float(giga), rel=0.02)
 
 
 @pytest.mark.parametrize(

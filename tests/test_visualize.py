@@ -10,8 +10,9 @@ from torch import nn
 
 from models.encoders.vit import ViT
 from models.mim import recipes
-from models.mim.picture import reconstruct
 from models.mim.target import HOG, Target
+from models.monitor.draw import draw
+from models.monitor.picture import reconstruct
 from util.errors import UserError
 from util.visualize import GAP, panel, save_panel, tile, wrap
 
@@ -86,7 +87,7 @@ def test_glyphs_follow_edges():
     upright[..., 4:12] = 1
     target = HOG(8, 3)
     for image, along, across in ((upright, 2, 3), (upright.mT, 3, 2)):
-        drawn = target.picture(target(image), image)
+        drawn = draw(target, target(image), image)
         assert drawn.shape == (1, 1, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
         light = drawn[:, :, :16, :16]
         assert light.sum(along).max() > 3 * light.sum(across).max()

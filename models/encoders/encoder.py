@@ -17,7 +17,8 @@ class Encoder(nn.Module):
     strides:  pixels per cell of each map, fine to coarse
     dims:     channels of each map
     overlaps: neighbouring patches share pixels, so a token sees beyond its own patch
-    skips:    `encode` honours a mask
+    skips:    with a mask, `encode` leaves hidden cells out: zeros there
+    mixes:    with a mask, `encode` computes hidden cells too, from hidden ones alone
     normed:   the last map is already layer-normalised
     plan:     how to build it again: {"name", "in_chans", "args"}
     """
@@ -29,6 +30,7 @@ class Encoder(nn.Module):
     dims: list[int]
     overlaps: bool = False
     skips: bool = False
+    mixes: bool = False
     normed: bool = True
     plan: dict
 

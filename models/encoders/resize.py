@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.encoders.encoder import Encoder
 from models.encoders.layers import sincos
-from models.encoders.released import window_of
+from models.encoders.released.common import window_of
 from models.encoders.vit import ViT
 
 STEM = ("stem.", "vit.patch_embed.")

@@ -16,7 +16,8 @@ from torch import Tensor
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
-from models.encoders.released import State
+from models.encoders.released.common import DERIVED, State
+from models.encoders.released.derived import check_derived
 from models.encoders.resize import STEM, fit
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -70,13 +71,13 @@ def load_normalization(source: str) -> dict:
 def parse(source: str) -> tuple[str, Path]:
     """The repository that a source is from, empty for our own, and its path. ValueError if there is no such file."""
     kind, _, rest = source.partition(":")
-    if kind not in released.KINDS:
+    if kind not in released.SOURCES:
         kind, rest = "", source
     path = Path(rest)
     if path.is_dir():
         path = path / "encoder.safetensors"
     if not path.is_file():
-        kinds = ", ".join(f"{kind}:PATH" for kind in released.KINDS)
+        kinds = ", ".join(f"{kind}:PATH" for kind in released.SOURCES)
         raise ValueError(f"there are no weights at {path}: give our encoder.safetensors, or {kinds}")
     return kind, path
 
@@ -104,7 +105,7 @@ def read(path: Path) -> tuple[State, dict[str, str]]:
 def own_plan(metadata: dict[str, str], path: Path) -> tuple[str, int, dict]:
     """How to build the encoder of our own file: name, in_chans, arguments."""
     if "encoder" not in metadata:
-        kinds = ", ".join(f"{kind}:{path}" for kind in released.KINDS)
+        kinds = ", ".join(f"{kind}:{path}" for kind in released.SOURCES)
         raise ValueError(f"{path} does not say which encoder it holds; if it is another repository's, write {kinds}")
     plan = json.loads(metadata["encoder"])
     return plan["name"], plan["in_chans"], plan["args"]
@@ -113,7 +114,7 @@ def own_plan(metadata: dict[str, str], path: Path) -> tuple[str, int, dict]:
 def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, State, Counter[str]]:
     """An official state in our keys, with how to build its encoder and what of it is not the encoder's."""
     rename, describe = released.source(kind, state)
-    released.check_derived(state)
+    check_derived(state)
     try:
         name, args = describe(state)
     except KeyError as error:
@@ -132,7 +133,7 @@ def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, Stat
 def what(key: str) -> str:
     """What a key that is not the encoder's belongs to, in a word."""
     first = key.removeprefix("encoder.").split(".")[0]
-    return "buffers" if key.endswith(released.DERIVED) else "decoder" if first.startswith("decoder") else first
+    return "buffers" if key.endswith(DERIVED) else "decoder" if first.startswith("decoder") else first
 
 
 def load_state(

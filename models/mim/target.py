@@ -16,16 +16,12 @@ FLAT = 1e-4  # a gradient below it is rounding: a hundredth of one step of an 8-
 class Target(nn.Module):
     """Turns images into one vector per cell.
 
-    unit:   side of a cell, in pixels
-    dim:    numbers that a head guesses for each cell
-    glyphs: `picture` draws signs in place of pixels
-    note:   what one must know to read a picture
+    unit: side of a cell, in pixels
+    dim:  numbers that a head guesses for each cell
     """
 
     unit: int
     dim: int
-    glyphs: bool = False
-    note: str = ""
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
@@ -41,8 +37,6 @@ class Pixels(Target):
     def __init__(self, unit: int, in_chans: int, normalize: bool):
         super().__init__()
         self.unit, self.dim, self.normalize = unit, unit**2 * in_chans, normalize
-        if normalize:
-            self.note = "Mean and contrast of each guessed cell are borrowed from the original."
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
@@ -51,15 +45,6 @@ class Pixels(Target):
             mean, spread = mean_and_spread(cells)
             cells = (cells - mean) / spread
         return cells
-
-    def picture(
-        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B _ rows columns"]:
-        """Guessed cells as an image (B, C, H, W); normalised ones borrow mean and contrast from `images`."""
-        if self.normalize:
-            mean, spread = mean_and_spread(Pixels(self.unit, images.shape[1], normalize=False)(images))
-            guess = guess * spread + mean
-        return rearrange(guess, "b h w (p q c) -> b c (h p) (w q)", p=self.unit, q=self.unit)
 
 
 class LocalPixels(Pixels):
@@ -73,7 +58,6 @@ class LocalPixels(Pixels):
         if window % 2 == 0:
             raise ValueError(f"a window of {window} px has no centre: use {window - 1} or {window + 1} px")
         self.window = window
-        self.note = "Mean and contrast around each guessed pixel are borrowed from the original."
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
@@ -95,12 +79,6 @@ class LocalPixels(Pixels):
         x = F.avg_pool2d(x, (n, 1), 1, (half, 0), count_include_pad=count_include_pad)
         return F.avg_pool2d(x, (1, n), 1, (0, half), count_include_pad=count_include_pad)
 
-    def picture(
-        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B _ rows columns"]:
-        mean, spread = self.surroundings(images)
-        return super().picture(guess, images) * spread + mean
-
 
 class HOG(Target):
     """Histograms of oriented gradients, one per channel, each of unit length (MaskFeat, FastMIM).
@@ -108,9 +86,6 @@ class HOG(Target):
     A pixel votes with its gradient's magnitude for one of `bins` orientations between 0 and 180 degrees; no blur, no
     sharing between bins or cells, no block normalisation. Numbers of a cell are ordered (channel, bin).
     """
-
-    glyphs = True
-    note = "Strokes follow the edges in a cell; dim ones are a hesitant guess."
 
     def __init__(self, unit: int, in_chans: int, bins: int = 9, normalize: bool = True):
         super().__init__()
@@ -136,31 +111,7 @@ class HOG(Target):
                 cells = F.normalize(cells, dim=-1)
         return rearrange(cells, "b c h w n -> b h w (c n)")
 
-    def picture(
-        self, guess: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B _ rows columns"]:
-        """Guessed histograms as glyphs (B, 1, n H, n W) in [0, 1]: in each cell, a stroke along each kind of edge.
-
-        A stroke is as bright as its bin's square, averaged over the channels: a cell's strokes share a light of 1, and
-        a hesitant guess is dim. `n` is the least whole number that gives a glyph 12 px to be seen in.
-        """
-        side = self.unit * math.ceil(12 / self.unit)
-        light = reduce(guess.float().clamp_min(0).square(), "b h w (c n) -> b h w n", "mean", n=self.bins)
-        drawn = torch.einsum("bhwn,npq->bhpwq", light, edge_strokes(self.bins, side, guess.device))
-        return rearrange(drawn, "b h p w q -> b 1 (h p) (w q)").clamp(0, 1)
-
 
 def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the pixels of each cell, (B, h, w, D) -> twice (B, h, w, 1)."""
     return cells.mean(-1, keepdim=True), (cells.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def edge_strokes(bins: int, unit: int, device: torch.device) -> Tensor:
-    """A line through a cell's centre for each orientation, along the edge that votes for it: (bins, unit, unit)."""
-    # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
-    angle = (torch.arange(bins, device=device) + 0.5) / bins * math.pi
-    along_row, along_column = -torch.sin(angle), torch.cos(angle)
-    place = torch.arange(unit, device=device) - (unit - 1) / 2
-    row, column = torch.meshgrid(place, place, indexing="ij")
-    distance = (row[None] * along_column[:, None, None] - column[None] * along_row[:, None, None]).abs()
-    return (1.5 - distance).clamp(0, 1) * (row**2 + column**2 <= (unit / 2) ** 2)

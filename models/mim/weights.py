@@ -8,43 +8,49 @@ from einops import rearrange
 from torch import Tensor
 
 from models.encoders import released
-from models.encoders.weights import State, named
+from models.encoders.released.common import State, is_sincos
+from models.encoders.released.derived import check_derived
+from models.encoders.weights import named
 from models.mim.method import MIM
 from models.mim.target import HOG
 
+TRANSFORMER = (
+    (r"^decoder_embed\.", "head.project."),
+    (r"^decoder_blocks\.", "head.blocks."),
+    (r"^decoder_norm\.", "head.norm."),
+    (r"^decoder_pred\.", "head.cells.linear."),
+)
+HEADS = {  # what lies beside the encoder: official key, ours
+    "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
+    "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
+    "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
+}
 
-def method_key(kind: str, key: str, rename) -> str | None:
-    """Our key of MIM for an official one of "mae", "simmim" or "fastmim"; None if it is computed, not learned.
+
+def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
+    """Our key of MIM for an official one of a kind in HEADS; None if it is computed, not learned.
 
     rename: the encoder's, from `released.source`
     """
     bare = key.removeprefix("encoder.")
-    if bare == "mask_token":
-        return "head.fill.token" if kind == "mae" else "hide.fill.token"
-    for old, new in DECODER:
+    for old, new in HEADS[kind]:
         if re.match(old, bare):
             return re.sub(old, new, bare)
     inner = None if bare == "decoder_pos_embed" else rename(key)
     return None if inner is None else f"hide.encoder.{inner}"
 
 
-DECODER = (
-    (r"^decoder_embed\.", "head.project."),
-    (r"^decoder_blocks\.", "head.blocks."),
-    (r"^decoder_norm\.", "head.norm."),
-    (r"^(decoder_pred|decoder\.0)\.", "head.cells.linear."),
-)
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
 ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
-    """Load the whole official state of a "mae", "simmim" or "fastmim" pretraining model; one line on what was read.
+    """Load the whole official state of a pretraining model of a kind in HEADS; one line on what was read.
 
     ValueError, naming the first keys, if any tensor of the method is missing or any of the file is left over.
     """
     rename, _ = released.source(kind, state)
-    released.check_derived(state)
+    check_derived(state)
     own, ours, unread, misfits = mim.state_dict(), {}, [], []
     for key, value in state.items():
         new = method_key(kind, key, rename)
@@ -80,5 +86,5 @@ def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
 
 def check_positions(table: Tensor) -> None:
     """ValueError unless a decoder's positions are the fixed ones, which ours computes."""
-    if not released.is_sincos(table):
+    if not is_sincos(table):
         raise ValueError(f"decoder_pos_embed {tuple(table.shape)} is not the sine-cosine table that this decoder adds")

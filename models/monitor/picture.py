@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.mim.health import still
 from models.mim.loss import over_hidden
 from models.mim.method import MIM
+from models.mim.target import Pixels, Target
+from models.monitor.draw import draw, legend
+from models.monitor.health import still
 
 
 @dataclass
@@ -36,7 +38,7 @@ def reconstruct(
     small part of their range. Masks depend on `seed` alone; modes and random numbers are afterwards as they were.
     """
     target = mim.target
-    if not hasattr(target, "picture"):
+    if draw.dispatch(type(target)) is draw.dispatch(Target):
         return None
     with still(mim, seed):
         mask = mim.masker(images)
@@ -51,12 +53,12 @@ def reconstruct(
         return ((x.float() * scale + shift - black) / (white - black)).clamp(0, 1).cpu()
 
     def show(cells: Tensor) -> Tensor:
-        drawn = target.picture(cells, images)
-        return drawn.cpu() if target.glyphs else photo(drawn)
+        drawn = draw(target, cells, images)
+        return photo(drawn) if isinstance(target, Pixels) else drawn.cpu()
 
     columns = {"masked input": photo(images.masked_fill(mask.at(1)[:, None], math.nan))}
     columns |= {"prediction": show(guess), "prediction + visible": show(pasted)}
-    if target.glyphs:
+    if not isinstance(target, Pixels):
         columns["truth"] = show(truth)
     columns["original"] = photo(images)
     return Pictures(columns, caption(mim, black, white))
@@ -71,5 +73,5 @@ def caption(mim: MIM, black: float, white: float) -> str:
     """What one must know to read the pictures of a method."""
     asked = "Only hidden cells were asked for: a prediction means nothing at visible ones."
     stretched = f"Brightness is stretched: black is {black:.3g}, white {white:.3g} of the full range."
-    told = (mim.target.note, asked * (mim.average is over_hidden), stretched * ((black, white) != (0, 1)))
+    told = (legend(mim.target), asked * (mim.average is over_hidden), stretched * ((black, white) != (0, 1)))
     return " ".join(filter(None, told))

@@ -1,0 +1,77 @@
+"""How a target's numbers are drawn: pixels as pixels, histograms as strokes."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from models.mim.target import HOG, LocalPixels, Pixels, Target, mean_and_spread
+
+GLYPH = 12  # least pixels of a cell's glyph, so that it can be read
+
+
+@singledispatch
+def draw(
+    target: Target, cells: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B _ rows columns"] | None:
+    """Cells of a target's numbers as a picture; None if there is none for such a target.
+
+    Numbers that stand for pixels give (B, C, H, W) on the scale of `images`; others signs (B, 1 or 3, n H, n W) in
+    [0, 1], for a whole n.
+    """
+    return None
+
+
+@draw.register
+def _(target: Pixels, cells: Tensor, images: Tensor) -> Tensor:
+    """Cells that were normalised borrow mean and contrast from `images`."""
+    if target.normalize:
+        mean, spread = mean_and_spread(Pixels(target.unit, images.shape[1], normalize=False)(images))
+        cells = cells * spread + mean
+    return rearrange(cells, "b h w (p q c) -> b c (h p) (w q)", p=target.unit, q=target.unit)
+
+
+@draw.register
+def _(target: LocalPixels, cells: Tensor, images: Tensor) -> Tensor:
+    mean, spread = target.surroundings(images)
+    return draw.dispatch(Pixels)(target, cells, images) * spread + mean
+
+
+@draw.register
+def _(target: HOG, cells: Tensor, images: Tensor) -> Tensor:
+    """In each cell, a stroke along each kind of edge.
+
+    A stroke is as bright as its bin's square, averaged over the channels: a cell's strokes share a light of 1, and a
+    hesitant guess is dim.
+    """
+    side = target.unit * math.ceil(GLYPH / target.unit)
+    light = reduce(cells.float().clamp_min(0).square(), "b h w (c n) -> b h w n", "mean", n=target.bins)
+    drawn = torch.einsum("bhwn,npq->bhpwq", light, edge_strokes(target.bins, side, cells.device))
+    return rearrange(drawn, "b h p w q -> b 1 (h p) (w q)").clamp(0, 1)
+
+
+def edge_strokes(bins: int, side: int, device: torch.device) -> Float[Tensor, "bins side side"]:
+    """A line through a cell's centre for each orientation, along the edge that votes for it: (bins, side, side)."""
+    # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
+    angle = (torch.arange(bins, device=device) + 0.5) / bins * math.pi
+    along_row, along_column = -torch.sin(angle), torch.cos(angle)
+    place = torch.arange(side, device=device) - (side - 1) / 2
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    distance = (row[None] * along_column[:, None, None] - column[None] * along_row[:, None, None]).abs()
+    return (1.5 - distance).clamp(0, 1) * (row**2 + column**2 <= (side / 2) ** 2)
+
+
+def legend(target: Target) -> str:
+    """What one must know to read the pictures of a target."""
+    if isinstance(target, HOG):
+        return "Strokes follow the edges in a cell; dim ones are a hesitant guess."
+    if isinstance(target, LocalPixels):
+        return "Mean and contrast around each guessed pixel are borrowed from the original."
+    if isinstance(target, Pixels) and target.normalize:
+        return "Mean and contrast of each guessed cell are borrowed from the original."
+    return ""
