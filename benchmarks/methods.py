@@ -1,0 +1,118 @@
+"""Every method at equal wall-clock on Fashion-MNIST: pretrain, then k-NN, a linear probe, and 1,000 labels.
+
+python -m benchmarks.methods --seconds 120
+
+Writes FOLDER/methods.json and FOLDER/methods.md, a table with the command of each row. What is finished is not run
+again, so the same command continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+import main_finetune
+import main_pretrain
+
+CONFIGS = Path("configs/fashion_mnist")
+IMAGES = 60_000  # in an epoch
+TRIAL = 30  # steps that measure a method's speed
+TASKS = {  # the task's config, and what differs from the quickstart's
+    "knn": [],
+    "linear": ["--run.epochs", "1", "--optim.warmup", "0.1"],
+    "finetune": [],
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=120, help="of pretraining, for each method")
+    parser.add_argument("--folder", type=Path, default=Path("output/methods"))
+    parser.add_argument("--root", default="fashion_mnist", help="data.root")
+    parser.add_argument("--methods", nargs="*", help="names of files in configs/fashion_mnist; by default all")
+    options = parser.parse_args(argv)
+    configs = [CONFIGS / f"{name}.yaml" for name in options.methods or order()]
+    speeds = measure(configs, options.folder, options.root)
+    rows = [row(path, speeds[path.stem] * options.seconds, options.folder, options.root) for path in configs]
+    (options.folder / "methods.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (options.folder / "methods.md").write_text(table(rows))
+    print(table(rows))
+
+
+def order() -> list[str]:
+    """The configs by name, those first whose encoders are teachers of others."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return sorted(names, key=lambda name: "output/methods" in (CONFIGS / f"{name}.yaml").read_text())
+
+
+def measure(configs: list[Path], folder: Path, root: str) -> dict[str, float]:
+    """Images per second of each method in training, in two rounds over all, so that a slow minute hits all alike."""
+    path = folder / "speeds.json"
+    speeds: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    for turn in range(2):
+        for config in configs:
+            if len(speeds.get(config.stem, [])) <= turn:
+                trial = folder / "trials" / f"{config.stem}_{turn}"
+                pretrain(config, TRIAL * 256 / IMAGES, trial, root, "--run.log_every", "5", "--run.probe", "64")
+                lines = map(json.loads, (trial / "log.jsonl").read_text().splitlines())
+                rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+                speeds.setdefault(config.stem, []).append(median(rates[1:]))
+                path.write_text(json.dumps(speeds))
+    return {name: max(rates) for name, rates in speeds.items()}
+
+
+def row(config: Path, images: float, folder: Path, root: str) -> dict:
+    """One method: its pretraining on so many images and its transfers, each beside the same from random weights."""
+    epochs = round(images / IMAGES, 2)
+    run = folder / config.stem
+    command = pretrain(config, epochs, run, root)
+    figures = {"method": config.stem, "epochs": epochs, "command": command}
+    encoder = yaml.safe_load(config.read_text())["encoder"]
+    untrained = folder / f"random_{encoder['name']}_{abs(hash_of(encoder)):x}"
+    for task, changes in TASKS.items():
+        figures[task] = transfer(task, str(run / "encoder.safetensors"), run / task, config, root, changes)
+        figures[f"{task}_random"] = transfer(task, "none", untrained / task, config, root, changes)
+    return figures
+
+
+def hash_of(encoder: dict) -> int:
+    """A number that follows from an encoder's config alone."""
+    return int.from_bytes(json.dumps(encoder, sort_keys=True).encode(), "big") % (1 << 32)
+
+
+def pretrain(config: Path, epochs: float, folder: Path, root: str, *more: str) -> str:
+    """Pretrain unless it is done; gives the command."""
+    argv = ["--config", str(config), "--data.root", root, "--run.epochs", f"{epochs:g}", "--run.folder", str(folder)]
+    if not (folder / "report.json").exists():
+        main_pretrain.main([*argv, *more])
+    return shlex.join(["python", "main_pretrain.py", *argv, *more])
+
+
+def transfer(task: str, weights: str, folder: Path, config: Path, root: str, changes: list[str]) -> float:
+    """Top-1 of a transfer of weights, run unless it is done."""
+    if not (folder / "report.json").exists():
+        trained = yaml.safe_load(config.read_text())
+        encoder = yaml.safe_dump(trained["encoder"]["args"], default_flow_style=True, width=10_000).strip()
+        argv = ["--config", f"configs/quickstart/{task}.yaml", "--weights", weights, "--data.root", root]
+        argv += ["--encoder.name", trained["encoder"]["name"], "--encoder.args", encoder]
+        argv += ["--data.size", str(trained["data"]["size"]), "--run.folder", str(folder), *changes]
+        main_finetune.main(argv)
+    return json.loads((folder / "report.json").read_text())["top1"]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown; in brackets, what the same encoder reaches untrained."""
+    lines = ["| method | epochs | k-NN | linear | 1,000 labels |", "|---|---|---|---|---|"]
+    for one in sorted(rows, key=lambda one: -one["linear"]):
+        cells = [f"{100 * one[task]:.1f} ({100 * one[f'{task}_random']:.1f})" for task in TASKS]
+        lines.append(f"| `{one['method']}` | {one['epochs']:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
