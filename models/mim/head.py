@@ -5,6 +5,7 @@ A head is built from the encoder and the target it serves: widths, strides and u
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import Cells, Fill, sincos, xavier
+from models.encoders.layers import Cells, Fill, resample, sincos, xavier
 from models.mim.target import Target
 
 
@@ -71,17 +72,63 @@ class Decoder(nn.Module):
         self.fill = Fill(width) if fill else None
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
-        x = self.project(rearrange(features.maps[-1], "b c h w -> b h w c"))
-        _, h, w, c = x.shape
+        x = self.project(self.read(features))
+        _, h, w, _ = x.shape
         if self.fill is not None:
             x = self.fill(x, mask.at(self.stride))
         if self.positions:
-            x = x + sincos(h, w, c, x.device)
+            x = x + self.places(h, w)
         x = x.flatten(1, 2)
         if features.prefix is not None:
             x = torch.cat([self.project(features.prefix), x], 1)
         x = self.norm(self.blocks(x))[:, -h * w :]
         return self.cells(x.unflatten(1, (h, w)))
+
+    def read(self, features: Features) -> Float[Tensor, "B h w C"]:
+        return rearrange(features.maps[-1], "b c h w -> b h w c")
+
+    def places(self, h: int, w: int) -> Float[Tensor, "h w C"]:
+        return sincos(h, w, self.project.out_features, self.project.weight.device)
+
+
+class FuseDecoder(Decoder):
+    """A decoder over all maps down to the last stride, with learned positions (Hiera).
+
+    Each map finer than the last one is brought to its cells by a convolution whose kernels do not overlap. The
+    positions are learned for the image size that the encoder was built for, and resampled for others.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        target: Target,
+        depth: int = 8,
+        width: int = 512,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__(encoder, target, depth, width, heads, mlp_ratio=mlp_ratio)
+        if encoder.grid is None:
+            raise ValueError(
+                f"FuseDecoder learns positions for the image size that an encoder is built for, and this "
+                f"{type(encoder).__name__} is for any: use Decoder (mae)"
+            )
+        dim = encoder.dims[-1]
+        finer = [(d, self.stride // stride) for d, stride in zip(encoder.dims, encoder.strides) if stride < self.stride]
+        self.fuse = nn.ModuleList(nn.Conv2d(d, dim, ratio, ratio) for d, ratio in finer)
+        self.fused_norm = nn.LayerNorm(dim, eps=norm_eps(encoder))
+        self.grid = tuple(side * encoder.patch // self.stride for side in encoder.grid)
+        self.table = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def read(self, features: Features) -> Float[Tensor, "B h w C"]:
+        x = features.maps[-1]
+        for conv, finer in zip(self.fuse, features.maps):
+            x = x + conv(finer)
+        return self.fused_norm(rearrange(x, "b c h w -> b h w c"))
+
+    def places(self, h: int, w: int) -> Float[Tensor, "h w C"]:
+        return resample(self.table, self.grid, h, w)
 
 
 def norm_eps(encoder: Encoder) -> float:

@@ -15,24 +15,31 @@ from models.encoders.layers import Fill
 
 @runtime_checkable
 class Hide(Protocol):
-    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells."""
+    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells.
+
+    unit: pixels of which a mask's cell has to be a whole number
+    """
 
     encoder: Encoder
+    unit: int
 
     def __call__(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features: ...
 
 
 class Skip(nn.Module):
-    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE)."""
+    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, Hiera).
+
+    Hidden pixels are zeros before `embed`, so patches may overlap: a visible token then sees black beyond the border.
+    """
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         if not encoder.skips:
             raise ValueError(
-                f"Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt); {type(encoder).__name__} "
-                "computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
+                f"Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, Hiera); this "
+                f"{type(encoder).__name__} computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
             )
-        self.encoder = encoder
+        self.encoder, self.unit = encoder, encoder.mask_unit
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         seen = images * ~mask.at(1)[:, None]
@@ -49,7 +56,7 @@ class Replace(nn.Module):
                 f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
                 "visible tokens would see hidden pixels: hide with Paint (fastmim) instead"
             )
-        self.encoder, self.fill = encoder, Fill(encoder.width)
+        self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.width)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         return self.encoder.encode(self.fill(self.encoder.embed(images), mask.at(self.encoder.patch)))
@@ -60,7 +67,7 @@ class Paint(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.fill = encoder, Fill(encoder.in_chans)
+        self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.in_chans)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))
