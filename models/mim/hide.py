@@ -52,9 +52,10 @@ class Replace(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         if encoder.overlaps:
+            instead = "Skip (mae, hiera) or Paint (fastmim)" if encoder.skips else "Paint (fastmim)"
             raise ValueError(
                 f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
-                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead"
+                f"visible tokens would see hidden pixels: hide with {instead} instead"
             )
         self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.width)
 

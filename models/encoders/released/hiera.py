@@ -19,11 +19,8 @@ def hiera(key: str) -> str | None:
 
 def describe_hiera(state: State) -> tuple[str, dict]:
     """As `describe_vit`, for Hiera. How many stages pool shows in the decoder; without one, it is a classifier."""
-    width, depth, places = (
-        len(state["patch_embed.proj.weight"]),
-        count(state, r"blocks\.(\d+)\."),
-        state["pos_embed"].shape[1],
-    )
+    width, places = len(state["patch_embed.proj.weight"]), state["pos_embed"].shape[1]
+    depth = count(state, r"blocks\.(\d+)\.")
     starts = [0, *(i for i in range(depth) if f"blocks.{i}.proj.weight" in state), depth]
     args = {
         "embed_dim": width,
