@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.encoders.hiera import roll, unroll
+from models.encoders.released.hiera import describe_hiera
 from models.encoders.weights import load_encoder, load_state
 from models.mim.head import FuseDecoder
 from models.mim.hide import Skip
@@ -95,16 +96,14 @@ def test_only_visible_units_are_computed_and_as_timm_does(args):
 def test_units_that_do_not_fit_are_refused_in_one_line():
     encoder = small()
     finer = Mask(torch.zeros(1, 4, 4, dtype=torch.bool), 16, 0)
-    convnext = build_encoder("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
     for build, message in [
         (lambda: encoder(torch.randn(1, 3, 64, 80)), "80 px does not divide into mask units of 32 px: use 64 or 96 px"),
         (lambda: encoder.encode(encoder.embed(torch.randn(1, 3, 64, 64)), finer), "16 px cells has no grid of 32 px"),
         (lambda: hiera(encoder, unit=16), "16 px, Skip hides whole units of 32 px .*: 32 or 64 px would do"),
         (lambda: mae(small(q_pool=2)), "16 px, Skip hides whole units of 32 px"),
         (lambda: hiera(encoder, unit=48), "48 px, Skip hides whole units of 32 px .*: 32 or 64 px would do"),
-        (lambda: simmim(encoder), r"overlap.*Skip \(mae, hiera\) or Paint \(fastmim\)"),
-        (lambda: hiera(convnext), r"positions.*this ConvNeXt is for any: use Decoder \(mae\)"),
-        (lambda: small(mask_unit_size=(4, 4)), r"4 stages has mask units of 8 x 8 tokens .*not units of \(4, 4\)"),
+        (lambda: simmim(encoder), r"overlap.*Paint \(fastmim\) instead, or Skip \(hiera\)"),
+        (lambda: small(mask_unit_size=(16, 16)), r"with 4 stages, q_stride is \(2, 2\) and mask_unit_size at most 8"),
         (lambda: small(q_pol=2), 'no argument "q_pol"; the nearest is "q_pool"'),
     ]:
         with pytest.raises(ValueError, match=message) as error:
@@ -144,6 +143,19 @@ def test_an_official_pretraining_goes_in_and_on_to_classify(tmp_path):
     deeper = load_encoder(f"hiera:{path}", q_pool=len(args["stages"]) - 1, **changes)
     assert torch.equal(deeper(images).maps[0], encoder(images).maps[0])
     assert deeper.strides[-1] == deeper.mask_unit
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "base_plus", "large", "huge"])
+def test_every_released_size_is_read_off_its_tensors(size):
+    with torch.device("meta"):
+        encoder = build_encoder(f"hiera_{size}_224")
+        state = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
+        name, args = describe_hiera({key.replace("stem.", "patch_embed."): value for key, value in state.items()})
+        again = build_encoder(name, **args)
+    assert name == f"hiera_{size}_224" and args["img_size"] == 224
+    for ours, theirs in zip(again.backbone.blocks, encoder.backbone.blocks, strict=True):
+        assert (ours.attn.heads, ours.attn.q_stride) == (theirs.attn.heads, theirs.attn.q_stride)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in encoder.state_dict().items()}
 
 
 def test_heads_that_no_tensor_tells_are_asked_for(tmp_path):
@@ -200,6 +212,12 @@ def test_positions_of_the_decoder_follow_the_image():
         head.table.copy_(torch.arange(4.0).repeat_interleave(6)[None, :, None])  # tells the row
     rows = head.places(8, 3)
     assert rows.shape == (8, 3, 16) and (rows.diff(dim=0) > 0).all() and rows.diff(dim=1).abs().max() < 1e-4
+
+
+def test_other_encoders_that_skip_may_be_fused():
+    convnext = build_encoder("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    mim = hiera(convnext, depth=1, width=16, heads=2)
+    assert mim.head.grid == (7, 7) and mim({"image": torch.randn(2, 3, 96, 64)})["loss"].isfinite()
 
 
 # sizes of the paper

@@ -15,8 +15,7 @@ from models.encoders.hiera import Hiera
 from models.encoders.pyramid import Pyramid
 from models.encoders.vit import ViT
 
-PLAIN = ("vision_transformer", "deit", "beit", "eva")
-HIERARCHICAL = {"convnext": ConvNeXt, "hiera": Hiera}
+PLAIN, OWN = ("vision_transformer", "deit", "beit", "eva"), {"convnext": ConvNeXt, "hiera": Hiera}
 
 
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
@@ -52,7 +51,7 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 def encoder_class(name: str) -> type[Encoder]:
     """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, Hiera, or Pyramid for the rest."""
     module = model_entrypoint(name).__module__.rpartition(".")[2]
-    return ViT if module in PLAIN else HIERARCHICAL.get(module, Pyramid)
+    return ViT if module in PLAIN else OWN.get(module, Pyramid)
 
 
 def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:

@@ -17,8 +17,7 @@ class Encoder(nn.Module):
     strides:  pixels per cell of each map, fine to coarse
     dims:     channels of each map
     grid:     tokens of `embed`, down and across, that learned positions are for; None where there are none
-    overlaps: neighbouring patches share pixels, so a token sees beyond its own patch: hidden pixels have to be gone
-              before `embed`, a token put in place of a hidden one comes too late
+    overlaps: neighbouring patches share pixels: what is hidden must be gone before `embed`, not only after it
     skips:    with a mask, `encode` leaves hidden cells out: zeros there
     mixes:    with a mask, `encode` computes hidden cells too, from hidden ones alone
     normed:   the last map is already layer-normalised
@@ -39,7 +38,7 @@ class Encoder(nn.Module):
 
     @property
     def mask_unit(self) -> int:
-        """Side of the smallest cell, in pixels, that a mask given to `encode` may have."""
+        """Pixels of which the cells of a mask given to `encode` have a whole number."""
         return self.strides[-1]
 
     @property

@@ -1,4 +1,4 @@
-"""Hiera; with a mask, hidden mask units are dropped."""
+"""Hiera: attention within mask units, then everywhere, pooling always within: hidden units are dropped whole."""
 
 from __future__ import annotations
 
@@ -21,28 +21,20 @@ class Hiera(Encoder):
     name:   timm's name of the architecture; `timm_args` go to timm (drop_path_rate, img_size, ...)
     q_pool: how many stages begin by pooling 2 x 2 places: 3 to classify (last stride 32), 2 to pretrain (16)
     init:   "timm", or "xavier" as its pretraining code does
-
-    The early stages attend within mask units, the late ones everywhere. Pooling never crosses a unit either, so units
-    can be dropped whole, and what is left runs through the same blocks.
     """
 
-    skips, normed = True, False
+    skips, normed = True, False  # timm's norm comes after the mean over places
 
     def __init__(self, name: str, in_chans: int = 3, q_pool: int = 3, init: str = "timm", **timm_args):
         super().__init__()
         self.backbone = backbone = timm.create_model(name, in_chans=in_chans, num_classes=0, q_pool=q_pool, **timm_args)
-        self.stem, backbone.patch_embed = backbone.patch_embed, nn.Identity()
-        backbone.head = nn.Identity()  # it norms after the mean over places
+        self.stem, backbone.patch_embed, backbone.head = backbone.patch_embed, nn.Identity(), nn.Identity()
         stages, conv = range(len(backbone.stage_ends)), self.stem.proj
         self.side = 2 ** stages[-1]  # of a mask unit, in tokens: each later stage may pool
-        if (*backbone.mask_unit_size, *backbone.q_stride) != (self.side, self.side, 2, 2):
-            raise ValueError(
-                f"a Hiera of {len(stages)} stages has mask units of {self.side} x {self.side} tokens and pools 2 x 2, "
-                f"not units of {backbone.mask_unit_size} and {backbone.q_stride}"
-            )
+        if max(backbone.mask_unit_size) > self.side or set(backbone.q_stride) != {2}:
+            raise ValueError(f"with {len(stages)} stages, q_stride is (2, 2) and mask_unit_size at most {self.side}")
         self.in_chans, self.patch, self.width = in_chans, conv.stride[0], conv.out_channels
-        self.overlaps = conv.kernel_size[0] > self.patch
-        self.grid = tuple(backbone.tokens_spatial_shape)
+        self.grid, self.overlaps = tuple(backbone.tokens_spatial_shape), conv.kernel_size[0] > self.patch
         self.strides = [self.patch * 2 ** min(stage, q_pool) for stage in stages]
         self.dims = [info["num_chs"] for info in backbone.feature_info]
         self.checkpointing = False
@@ -69,20 +61,18 @@ class Hiera(Encoder):
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         x, maps = tokens + self.positions(*tokens.shape[1:3]), []
         x = rearrange(x, "b (h p) (w q) c -> b h w p q c", p=self.side, q=self.side)
-        b, h, w, *_ = x.shape  # mask units down and across
-        x = x.flatten(1, 2)
-        seen = None if mask is None else mask.visible(self.mask_unit)[:, :, None, None, None]  # (B, n, 1, 1, 1)
-        if seen is not None:
+        (b, h, w), x = x.shape[:3], x.flatten(1, 2)  # (B, mask units, p, q, C)
+        if mask is not None:
+            seen = mask.visible(self.mask_unit)[:, :, None, None, None]  # (B, n, 1, 1, 1)
             x = x.take_along_dim(seen, 1)
         n, x = x.shape[1], unroll(x)
         for i, block in enumerate(self.backbone.blocks):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
             if i in self.backbone.stage_ends:
-                units = roll(x, n)  # (B, n, p, q, C)
-                if seen is not None:  # back to their places, zeros where hidden
-                    empty = units.new_zeros(b, h * w, *units.shape[2:])
-                    units = empty.scatter(1, seen.expand_as(units), units)
-                maps.append(rearrange(units, "b (h w) p q c -> b c (h p) (w q)", h=h))
+                m = roll(x, n)
+                if mask is not None:  # back to their places, zeros where hidden
+                    m = m.new_zeros(b, h * w, *m.shape[2:]).scatter(1, seen.expand_as(m), m)
+                maps.append(rearrange(m, "b (h w) p q c -> b c (h p) (w q)", h=h))
         return Features(maps)
 
     def positions(self, h: int, w: int) -> Float[Tensor, "h w D"]:

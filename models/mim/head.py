@@ -5,7 +5,6 @@ A head is built from the encoder and the target it serves: widths, strides and u
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -92,39 +91,22 @@ class Decoder(nn.Module):
 
 
 class FuseDecoder(Decoder):
-    """A decoder over all maps down to the last stride, with learned positions (Hiera).
-
-    Each map finer than the last one is brought to its cells by a convolution whose kernels do not overlap. The
-    positions are learned for the image size that the encoder was built for, and resampled for others.
-    """
+    """A decoder over all maps, the finer brought to the last one's cells by convolutions without overlap (Hiera)."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        target: Target,
-        depth: int = 8,
-        width: int = 512,
-        heads: int = 16,
-        mlp_ratio: float = 4.0,
+        self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4
     ):
         super().__init__(encoder, target, depth, width, heads, mlp_ratio=mlp_ratio)
-        if encoder.grid is None:
-            raise ValueError(
-                f"FuseDecoder learns positions for the image size that an encoder is built for, and this "
-                f"{type(encoder).__name__} is for any: use Decoder (mae)"
-            )
-        dim = encoder.dims[-1]
-        finer = [(d, self.stride // stride) for d, stride in zip(encoder.dims, encoder.strides) if stride < self.stride]
+        last, dim = self.stride, encoder.dims[-1]
+        finer = [(d, last // stride) for d, stride in zip(encoder.dims, encoder.strides) if stride < last]
         self.fuse = nn.ModuleList(nn.Conv2d(d, dim, ratio, ratio) for d, ratio in finer)
         self.fused_norm = nn.LayerNorm(dim, eps=norm_eps(encoder))
-        self.grid = tuple(side * encoder.patch // self.stride for side in encoder.grid)
-        self.table = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
-        nn.init.trunc_normal_(self.table, std=0.02)
+        # positions are learned for the image size that the encoder is built for (224 px if for any), else resampled
+        self.grid = tuple(side * encoder.patch // last for side in encoder.grid or 2 * [224 // encoder.patch])
+        self.table = nn.Parameter(0.02 * torch.randn(1, self.grid[0] * self.grid[1], width))
 
     def read(self, features: Features) -> Float[Tensor, "B h w C"]:
-        x = features.maps[-1]
-        for conv, finer in zip(self.fuse, features.maps):
-            x = x + conv(finer)
+        x = features.maps[-1] + sum(conv(finer) for conv, finer in zip(self.fuse, features.maps))
         return self.fused_norm(rearrange(x, "b c h w -> b h w c"))
 
     def places(self, h: int, w: int) -> Float[Tensor, "h w C"]:

@@ -15,22 +15,16 @@ from models.encoders.layers import Fill
 
 @runtime_checkable
 class Hide(Protocol):
-    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells.
-
-    unit: pixels of which a mask's cell has to be a whole number
-    """
+    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells."""
 
     encoder: Encoder
-    unit: int
+    unit: int  # pixels of which the mask's cells have a whole number
 
     def __call__(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features: ...
 
 
 class Skip(nn.Module):
-    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, Hiera).
-
-    Hidden pixels are zeros before `embed`, so patches may overlap: a visible token then sees black beyond the border.
-    """
+    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, Hiera)."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -42,7 +36,7 @@ class Skip(nn.Module):
         self.encoder, self.unit = encoder, encoder.mask_unit
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
-        seen = images * ~mask.at(1)[:, None]
+        seen = images * ~mask.at(1)[:, None]  # where patches overlap, visible tokens would see beyond their own
         return self.encoder.encode(self.encoder.embed(seen), mask)
 
 
@@ -52,10 +46,9 @@ class Replace(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         if encoder.overlaps:
-            instead = "Skip (mae, hiera) or Paint (fastmim)" if encoder.skips else "Paint (fastmim)"
             raise ValueError(
                 f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
-                f"visible tokens would see hidden pixels: hide with {instead} instead"
+                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead, or Skip (hiera) if it can"
             )
         self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.width)
 
