@@ -11,6 +11,7 @@ from models.encoders.vit import ViT
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 WINDOWS = {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
+UNITS = {"img_size": 64, "embed_dim": 8, "stages": (1, 2, 1, 1)}
 CASES = {  # a name of timm's: arguments that make it small
     "vit_base_patch16_224": PLAIN,
     "vit_base_patch16_clip_224": PLAIN,  # a norm before the blocks
@@ -33,6 +34,9 @@ CASES = {  # a name of timm's: arguments that make it small
     "convnext_tiny": STAGES,  # layer scale
     "convnextv2_atto": STAGES,
     "convnextv2_tiny": STAGES,
+    "hiera_tiny_224": UNITS,
+    "hiera_base_plus_224": UNITS | {"q_pool": 2, "embed_dim": 16},
+    "hiera_small_abswin_256": UNITS | {"global_pos_size": (4, 4)},  # two tables of positions
 }
 FIXED = ("maxvit", "coatnet")  # built for one image size
 
@@ -98,7 +102,8 @@ def test_outputs_are_timms(name):
     size = args.get("img_size", 64)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        ours, found = encoder(images), theirs.forward_intermediates(images, norm=True, intermediates_only=True)
+        ours = encoder(images)
+        found = theirs.forward_intermediates(images, norm=encoder.normed, intermediates_only=True)
     for mine, other in zip(ours.maps[::-1], found[::-1]):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     if ours.prefix is not None:
@@ -113,7 +118,7 @@ def their_key(name, key):
         owner = "rel_pos_bias" if CASES[name].get("use_shared_rel_pos_bias") else f"blocks.{key[7:]}.attn"
         return f"{owner}.relative_position_bias_table"
     if key.startswith("stem."):
-        return f"patch_embed.{key[5:]}" if name.startswith(("swin", "pvt")) else key
+        return f"patch_embed.{key[5:]}" if name.startswith(("swin", "pvt", "hiera")) else key
     return key.removeprefix("vit.").removeprefix("backbone.")
 
 

@@ -16,7 +16,8 @@ class Encoder(nn.Module):
     width:    channels of a token of `embed`
     strides:  pixels per cell of each map, fine to coarse
     dims:     channels of each map
-    overlaps: neighbouring patches share pixels, so a token sees beyond its own patch
+    grid:     tokens of `embed`, down and across, that learned positions are for; None where there are none
+    overlaps: neighbouring patches share pixels: what is hidden must be gone before `embed`, not only after it
     skips:    with a mask, `encode` leaves hidden cells out: zeros there
     mixes:    with a mask, `encode` computes hidden cells too, from hidden ones alone
     normed:   the last map is already layer-normalised
@@ -28,11 +29,17 @@ class Encoder(nn.Module):
     width: int
     strides: list[int]
     dims: list[int]
+    grid: tuple[int, int] | None = None
     overlaps: bool = False
     skips: bool = False
     mixes: bool = False
     normed: bool = True
     plan: dict
+
+    @property
+    def mask_unit(self) -> int:
+        """Pixels of which the cells of a mask given to `encode` have a whole number."""
+        return self.strides[-1]
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
@@ -51,7 +58,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
-        """(B, h, w, width) -> Features. With a mask, no visible cell is computed from a hidden one."""
+        """(B, h, w, width) -> Features. With a mask, no visible cell is computed from a hidden token."""
         raise NotImplementedError
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 
@@ -47,6 +48,13 @@ def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Floa
     row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     angles = [column[..., None] * omega, row[..., None] * omega]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], -1).float()
+
+
+def resample(table: Float[Tensor, "1 n C"], grid: tuple[int, int], h: int, w: int) -> Float[Tensor, "h w C"]:
+    """The learned positions of a grid for another one, by bicubic interpolation: (1, n, C) -> (h, w, C)."""
+    if (h, w) != grid:
+        table = resample_abs_pos_embed(table, (h, w), grid, num_prefix_tokens=0, antialias=False)
+    return table[0].unflatten(0, (h, w))
 
 
 def xavier(module: nn.Module) -> None:

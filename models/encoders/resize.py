@@ -18,6 +18,7 @@ from models.encoders.released.common import window_of
 from models.encoders.vit import ViT
 
 STEM = ("stem.", "vit.patch_embed.")
+POSITIONS = ("vit.pos_embed", "backbone.pos_embed")
 
 
 def fit(
@@ -32,8 +33,8 @@ def fit(
         return value.reshape(like.shape), None  # a 1x1 convolution is a linear layer
     if key.startswith(STEM) and value.ndim == 4 and value[:, 0].shape == like[:, 0].shape:
         return adapt_channels(value, like.shape[1]), f"{value.shape[1]} to {like.shape[1]} channels"
-    if key == "vit.pos_embed" and value.shape[2] == like.shape[2]:
-        old, new, prefix = grids(encoder, value, img_size)
+    if key in POSITIONS and value.ndim == like.ndim == 3 and value.shape[2] == like.shape[2]:
+        old, new, prefix = grids(encoder, value, like, img_size)
         if old is not None:
             table = resample_abs_pos_embed(value.float(), new, old, prefix, antialias=False)
             return table, f"positions {size(old)} to {size(new)}"
@@ -47,11 +48,11 @@ def fit(
 
 
 def grids(
-    encoder: ViT, table: Tensor, img_size: int | Sequence[int] | None
+    encoder: Encoder, table: Tensor, like: Tensor, img_size: int | Sequence[int] | None
 ) -> tuple[tuple[int, int] | None, tuple[int, int], int]:
     """The grid of a table of positions, None if it cannot be told; that of the encoder; and the prefix tokens in it."""
-    new = tuple(encoder.vit.patch_embed.grid_size)
-    prefix = encoder.vit.pos_embed.shape[1] - math.prod(new)
+    new = encoder.grid
+    prefix = like.shape[1] - math.prod(new)
     n = table.shape[1] - prefix
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
     known = tuple(side // encoder.patch for side in sides)
@@ -64,7 +65,7 @@ def grids(
 
 def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | Sequence[int] | None) -> Tensor | None:
     """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
-    old, _, prefix = grids(encoder, value, img_size)
+    old, _, prefix = grids(encoder, value, like, img_size)
     if old is None or value.shape[2] != encoder.width:
         return None
     table = sincos(*old, encoder.width).flatten(0, 1)

@@ -49,7 +49,7 @@ class ViT(Encoder):
         self.patch = square(vit.patch_embed.patch_size, name)
         self.taps = sorted(tap % len(vit.blocks) for tap in taps)
         self.strides, self.dims = [self.patch] * len(taps), [self.width] * len(taps)
-        self.checkpointing = False
+        self.grid, self.checkpointing = tuple(vit.patch_embed.grid_size), False
         if not hasattr(vit, "norm_pre"):
             vit.norm_pre = nn.Identity()  # BEiT has none
         if not final_norm:
@@ -152,13 +152,13 @@ class ViT(Encoder):
         return bias if rows is not None else bias[None]
 
 
-def check_sides(images: Tensor, patch: int) -> None:
+def check_sides(images: Tensor, patch: int, what: str = "patches") -> None:
     """ValueError, naming the nearest sizes, if patches do not divide the image's sides."""
     for side in images.shape[-2:]:
         if side % patch:
             low = max(side // patch, 1) * patch
             raise ValueError(
-                f"an image side of {side} px does not divide into patches of {patch} px: use {low} or {low + patch} px"
+                f"an image side of {side} px does not divide into {what} of {patch} px: use {low} or {low + patch} px"
             )
 
 

@@ -29,7 +29,8 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
-                   "convnextv2:" and the path of a checkpoint of that repository, whose sizes are read off its tensors
+                   "convnextv2:", "hiera:" and the path of a checkpoint of that repository, whose sizes are read off
+                   its tensors
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
     changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;
@@ -93,7 +94,7 @@ def read(path: Path) -> tuple[State, dict[str, str]]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         why = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path} cannot be read, it may be cut short: {why}") from error
-    for key in ("model", "state_dict", "module"):
+    for key in ("model", "model_state", "state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}

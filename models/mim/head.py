@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import Cells, Fill, sincos, xavier
+from models.encoders.layers import Cells, Fill, resample, sincos, xavier
 from models.mim.target import Target
 
 
@@ -71,17 +71,46 @@ class Decoder(nn.Module):
         self.fill = Fill(width) if fill else None
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
-        x = self.project(rearrange(features.maps[-1], "b c h w -> b h w c"))
-        _, h, w, c = x.shape
+        x = self.project(self.read(features))
+        _, h, w, _ = x.shape
         if self.fill is not None:
             x = self.fill(x, mask.at(self.stride))
         if self.positions:
-            x = x + sincos(h, w, c, x.device)
+            x = x + self.places(h, w)
         x = x.flatten(1, 2)
         if features.prefix is not None:
             x = torch.cat([self.project(features.prefix), x], 1)
         x = self.norm(self.blocks(x))[:, -h * w :]
         return self.cells(x.unflatten(1, (h, w)))
+
+    def read(self, features: Features) -> Float[Tensor, "B h w C"]:
+        return rearrange(features.maps[-1], "b c h w -> b h w c")
+
+    def places(self, h: int, w: int) -> Float[Tensor, "h w C"]:
+        return sincos(h, w, self.project.out_features, self.project.weight.device)
+
+
+class FuseDecoder(Decoder):
+    """A decoder over all maps, the finer brought to the last one's cells by convolutions without overlap (Hiera)."""
+
+    def __init__(
+        self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4
+    ):
+        super().__init__(encoder, target, depth, width, heads, mlp_ratio=mlp_ratio)
+        last, dim = self.stride, encoder.dims[-1]
+        finer = [(d, last // stride) for d, stride in zip(encoder.dims, encoder.strides) if stride < last]
+        self.fuse = nn.ModuleList(nn.Conv2d(d, dim, ratio, ratio) for d, ratio in finer)
+        self.fused_norm = nn.LayerNorm(dim, eps=norm_eps(encoder))
+        # positions are learned for the image size that the encoder is built for (224 px if for any), else resampled
+        self.grid = tuple(side * encoder.patch // last for side in encoder.grid or 2 * [224 // encoder.patch])
+        self.table = nn.Parameter(0.02 * torch.randn(1, self.grid[0] * self.grid[1], width))
+
+    def read(self, features: Features) -> Float[Tensor, "B h w C"]:
+        x = features.maps[-1] + sum(conv(finer) for conv, finer in zip(self.fuse, features.maps))
+        return self.fused_norm(rearrange(x, "b c h w -> b h w c"))
+
+    def places(self, h: int, w: int) -> Float[Tensor, "h w C"]:
+        return resample(self.table, self.grid, h, w)
 
 
 def norm_eps(encoder: Encoder) -> float:

@@ -18,24 +18,25 @@ class Hide(Protocol):
     """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells."""
 
     encoder: Encoder
+    unit: int  # pixels of which the mask's cells have a whole number
 
     def __call__(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features: ...
 
 
 class Skip(nn.Module):
-    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE)."""
+    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, Hiera)."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         if not encoder.skips:
             raise ValueError(
-                f"Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt); {type(encoder).__name__} "
-                "computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
+                f"Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, Hiera); this "
+                f"{type(encoder).__name__} computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
             )
-        self.encoder = encoder
+        self.encoder, self.unit = encoder, encoder.mask_unit
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
-        seen = images * ~mask.at(1)[:, None]
+        seen = images * ~mask.at(1)[:, None]  # where patches overlap, visible tokens would see beyond their own
         return self.encoder.encode(self.encoder.embed(seen), mask)
 
 
@@ -47,9 +48,9 @@ class Replace(nn.Module):
         if encoder.overlaps:
             raise ValueError(
                 f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
-                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead"
+                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead, or Skip (hiera) if it can"
             )
-        self.encoder, self.fill = encoder, Fill(encoder.width)
+        self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.width)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         return self.encoder.encode(self.fill(self.encoder.embed(images), mask.at(self.encoder.patch)))
@@ -60,7 +61,7 @@ class Paint(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.fill = encoder, Fill(encoder.in_chans)
+        self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.in_chans)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))

@@ -37,7 +37,7 @@ class MIM(nn.Module):
         super().__init__()
         self.masker, self.hide, self.head, self.target = masker, hide, head, target
         self.distance, self.average = distance, average
-        check_units(masker.unit, target.unit, hide.encoder)
+        check_units(masker.unit, target.unit, hide)
 
     @property
     def encoder(self) -> Encoder:
@@ -54,9 +54,9 @@ class MIM(nn.Module):
         return {"loss": self.average(error, mask.at(self.target.unit))}
 
 
-def check_units(masked: int, guessed: int, encoder: Encoder) -> None:
+def check_units(masked: int, guessed: int, hide: Hide) -> None:
     """The one rule that aligns all parts: the target's unit divides the mask's unit and the encoder's last stride."""
-    stride = encoder.strides[-1]
+    stride, unit = hide.encoder.strides[-1], hide.unit
     for what, size in (("the mask's cells have", masked), ("the encoder's last map has cells of", stride)):
         if size % guessed:
             fits = [n for n in range(1, size + 1) if size % n == 0]
@@ -64,9 +64,9 @@ def check_units(masked: int, guessed: int, encoder: Encoder) -> None:
             raise ValueError(
                 f"{what} {size} px, the target's {guessed} px: the target's must divide the others; {near} px would"
             )
-    if masked % encoder.patch:
-        low = max(masked // encoder.patch, 1) * encoder.patch
+    if masked % unit:
+        low = max(masked // unit, 1) * unit
         raise ValueError(
-            f"the mask's cells have {masked} px, the encoder's patches {encoder.patch} px: a cell is a whole number of "
-            f"patches; {low} or {low + encoder.patch} px would be"
+            f"the mask's cells have {masked} px, {type(hide).__name__} hides whole units of {unit} px of this encoder: "
+            f"{low} or {low + unit} px would do"
         )

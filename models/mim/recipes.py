@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.encoders.encoder import Encoder
-from models.mim.head import Decoder, LinearHead
+from models.mim.head import Decoder, FuseDecoder, LinearHead
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2
 from models.mim.masker import RandomMasker
@@ -55,8 +55,23 @@ def fastmim(
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
+def hiera(
+    encoder: Encoder,
+    ratio: float = 0.6,
+    unit: int = 32,
+    target: str = "normalized",
+    cell: int = 16,
+    depth: int = 8,
+    width: int = 512,
+    heads: int = 16,
+) -> MIM:
+    """Hiera (Ryali et al., 2023): MAE of whole mask units, guessed from the maps of all scales."""
+    truth = build_target(target, cell, encoder)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), FuseDecoder(encoder, truth, depth, width, heads), truth, l2)
+
+
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim, hiera)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:

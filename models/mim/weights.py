@@ -24,6 +24,13 @@ HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
+    "hiera": (
+        (r"^mask_token$", "head.fill.token"),
+        (r"^multi_scale_fusion_heads\.", "head.fuse."),
+        (r"^encoder_norm\.", "head.fused_norm."),
+        (r"^decoder_pos_embed$", "head.table"),
+        *TRANSFORMER,
+    ),
 }
 
 
@@ -41,7 +48,7 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 
 
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
+ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)", "hiera": "(c p y q x)"}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
@@ -54,7 +61,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     own, ours, unread, misfits = mim.state_dict(), {}, [], []
     for key, value in state.items():
         new = method_key(kind, key, rename)
-        if key == "decoder_pos_embed":
+        if key == "decoder_pos_embed" and new is None:
             check_positions(value)
         elif new is not None and new not in own:
             unread.append(key)
