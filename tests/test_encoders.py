@@ -11,6 +11,7 @@ from models.encoders.vit import ViT
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 WINDOWS = {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
+RESIDUAL = {"layers": (1, 2, 3, 1), "channels": (8, 8, 16, 16)}
 CASES = {  # a name of timm's: arguments that make it small
     "vit_base_patch16_224": PLAIN,
     "vit_base_patch16_clip_224": PLAIN,  # a norm before the blocks
@@ -33,7 +34,10 @@ CASES = {  # a name of timm's: arguments that make it small
     "convnext_tiny": STAGES,  # layer scale
     "convnextv2_atto": STAGES,
     "convnextv2_tiny": STAGES,
+    "resnet50": RESIDUAL,
+    "resnet18": RESIDUAL,  # basic blocks
 }
+STEMS = {"patch_embed": ("swin", "pvt"), "conv1": ("resnet",)}  # what timm calls it, if not stem
 FIXED = ("maxvit", "coatnet")  # built for one image size
 
 
@@ -113,7 +117,7 @@ def their_key(name, key):
         owner = "rel_pos_bias" if CASES[name].get("use_shared_rel_pos_bias") else f"blocks.{key[7:]}.attn"
         return f"{owner}.relative_position_bias_table"
     if key.startswith("stem."):
-        return f"patch_embed.{key[5:]}" if name.startswith(("swin", "pvt")) else key
+        return next((f"{stem}.{key[5:]}" for stem, names in STEMS.items() if name.startswith(names)), key)
     return key.removeprefix("vit.").removeprefix("backbone.")
 
 

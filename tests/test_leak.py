@@ -9,10 +9,11 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, fcmae, mae, simmim, spark
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
+RESIDUAL = {"layers": (1, 2, 1, 1), "channels": (8, 8, 8, 8)}
 WINDOWS = {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
 SKIPPING = {
     "vit_base_patch16_224": PLAIN | {"position": "sincos"},
@@ -26,12 +27,18 @@ SKIPPING = {
     "convnext_tiny": STAGES,
     "convnextv2_atto": STAGES,
     "convnextv2_tiny": STAGES,
+    "convnextv2_nano": STAGES | {"grn": "batch"},
+    "convnext_atto_ols": STAGES,  # patches overlap: hidden pixels are no pixels at all
+    "resnet50": RESIDUAL,
+    "resnet18": RESIDUAL | {"channels": (64, 8, 8, 8)},  # a first block without a convolution in its shortcut
+    "seresnet50": RESIDUAL,
 }
 OTHERS = {
     "swin_tiny_patch4_window7_224": WINDOWS,
     "swinv2_tiny_window8_256": WINDOWS | {"window_size": 4},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 2, 2)},
     "convnext_atto": STAGES,
+    "resnet50": RESIDUAL,
     "vit_base_patch16_224": PLAIN,
 }
 
@@ -88,10 +95,11 @@ def test_skip_hides_pixels(name):
     assert (one - two).abs().max() > 1e-4
 
 
-REFUSED = ("pvt_v2_b0", Replace)  # its patches overlap: see test_wrong_combinations_say_what_to_use
+REFUSED = ("pvt_v2_b0", "resnet50")  # by Replace, their patches overlap: see test_wrong_combinations_say_what_to_use
+WAYS = [(name, way) for name in OTHERS for way in (Replace, Paint) if way is Paint or name not in REFUSED]
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in OTHERS for w in (Replace, Paint) if (n, w) != REFUSED])
+@pytest.mark.parametrize(("name", "way"), WAYS)
 @torch.no_grad()
 def test_replace_and_paint_hide_pixels(name, way):
     encoder = small(name, OTHERS)
@@ -109,7 +117,7 @@ def test_replace_and_paint_hide_pixels(name, way):
 def test_with_nothing_to_hide_a_mask_changes_nothing(name):
     encoder = small(name, SKIPPING)
     images, mask = images_and_mask(encoder)
-    nothing = Mask(torch.zeros_like(mask.cells), mask.unit, 0)
+    images, nothing = images[:1], Mask(torch.zeros_like(mask.cells[:1]), mask.unit, 0)
     for one, two in zip(encoder.encode(encoder.embed(images), nothing).maps, encoder(images).maps):
         torch.testing.assert_close(one, two)
 
@@ -130,8 +138,12 @@ def test_an_image_is_encoded_as_if_hidden_cells_were_cut_off():
 
 
 def built(method, in_chans=3, **args):
-    """A small method: SimMIM on a pyramid, the others on a plain transformer."""
+    """A small method: SimMIM on a Swin, those of convolutions on theirs, the others on a plain transformer."""
     torch.manual_seed(0)
+    if method is fcmae:
+        return fcmae(build_encoder("convnextv2_atto", in_chans, **STAGES), width=32, **args)
+    if method is spark:
+        return spark(build_encoder("resnet50", in_chans, **RESIDUAL), width=64, **args)
     if method is simmim:
         return simmim(build_encoder("swin_tiny_patch4_window7_224", in_chans, **WINDOWS | {"embed_dim": 32}), **args)
     encoder = build_encoder("vit_base_patch16_224", in_chans, position="sincos", init="xavier", **PLAIN)

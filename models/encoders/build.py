@@ -12,9 +12,11 @@ from timm.models import model_entrypoint
 from models.encoders.convnext import ConvNeXt
 from models.encoders.encoder import Encoder
 from models.encoders.pyramid import Pyramid
+from models.encoders.resnet import ResNet
 from models.encoders.vit import ViT
 
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
+SPARSE = {"convnext": ConvNeXt, "resnet": ResNet}
 
 
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
@@ -22,7 +24,7 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
-    args:     those of ViT, Pyramid or ConvNeXt, or timm's
+    args:     those of ViT, Pyramid, ConvNeXt or ResNet, or timm's
 
     ValueError for an unknown name or argument, naming the nearest one.
     """
@@ -48,9 +50,9 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
 
 def encoder_class(name: str) -> type[Encoder]:
-    """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, or Pyramid for the rest."""
+    """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, ResNet, or Pyramid for the rest."""
     module = model_entrypoint(name).__module__.rpartition(".")[2]
-    return ViT if module in PLAIN else ConvNeXt if module == "convnext" else Pyramid
+    return ViT if module in PLAIN else SPARSE.get(module, Pyramid)
 
 
 def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.encoders import released
 from models.encoders.released.common import State, is_sincos
+from models.encoders.released.convnext import BLOCK, dense, substitute
 from models.encoders.released.derived import check_derived
 from models.encoders.weights import named
 from models.mim.method import MIM
@@ -24,6 +25,12 @@ HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
+    "convnextv2": (
+        (r"^mask_token$", "head.fill.token"),
+        (r"^proj\.", "head.project."),
+        (r"^pred\.", "head.cells.linear."),
+        (r"^decoder\.(\d+\..*)", lambda found: f"head.blocks.{substitute(BLOCK, found[1])}"),
+    ),
 }
 
 
@@ -41,7 +48,7 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 
 
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
+ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)", "convnextv2": "(p y q x c)"}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
@@ -59,6 +66,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
         elif new is not None and new not in own:
             unread.append(key)
         elif new is not None:
+            value = dense(key, value)
             value = in_our_order(mim, kind, value) if new.startswith("head.cells.") else value
             if value.numel() != own[new].numel():
                 misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")
