@@ -41,9 +41,12 @@ class UNetDecoder(nn.Module):
     def __init__(self, encoder: Encoder, target: Target, width: int = 768):
         super().__init__()
         top, finest = encoder.strides[-1], 1 if isinstance(target, Pixels) else target.unit
-        widths = {top >> i: max(width >> i, 1) for i in range((top // finest).bit_length())}  # of each stride
-        if finest not in widths:
-            raise ValueError(f"doubling does not lead from this encoder's cells of {top} px to those of {finest} px")
+        times = (top // finest).bit_length() - 1
+        if finest << times != top or not width >> times:
+            raise ValueError(
+                f"doubling from cells of {top} px and {width} channels does not lead to cells of {finest} px"
+            )
+        widths = {top >> i: width >> i for i in range(times + 1)}  # of each stride
         norm = nn.BatchNorm2d if any(isinstance(part, nn.BatchNorm2d) for part in encoder.modules()) else LayerNorm2d
         scales = {s: dim for s, dim in zip(encoder.strides, encoder.dims) if s in widths}
         self.strides, self.split = encoder.strides, target.unit // finest
