@@ -84,7 +84,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
             checkpoint.export(folder / "encoder.safetensors", task.judged.encoder, normalization)
             return figures
 
-        figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate)
+        figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, start.decay(optim, lr_at.steps))
     start.report(folder, figures)
     log(f"{config.task.name} of {config.weights}: top-1 {figures['top1']:.4f}, in {folder / 'report.json'}")
     log.close()

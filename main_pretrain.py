@@ -90,7 +90,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         )
         return figures
 
-    figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate)
+    figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, start.decay(optim, lr_at.steps))
     start.report(folder, figures)
     log(f"encoder in {folder / 'encoder.safetensors'}, panels in {folder / 'reconstructions'}, "
         f"figures in {folder / 'report.json'}; curves: tensorboard --logdir {folder / 'tensorboard'}")  # fmt: skip

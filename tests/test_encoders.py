@@ -12,6 +12,7 @@ PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 WINDOWS = {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
 UNITS = {"img_size": 64, "embed_dim": 8, "stages": (1, 2, 1, 1)}
+RESIDUAL = {"layers": (1, 2, 3, 1), "channels": (8, 8, 16, 16)}
 CASES = {  # a name of timm's: arguments that make it small
     "vit_base_patch16_224": PLAIN,
     "vit_base_patch16_clip_224": PLAIN,  # a norm before the blocks
@@ -37,7 +38,10 @@ CASES = {  # a name of timm's: arguments that make it small
     "hiera_tiny_224": UNITS,
     "hiera_base_plus_224": UNITS | {"q_pool": 2, "embed_dim": 16},
     "hiera_small_abswin_256": UNITS | {"global_pos_size": (4, 4)},  # two tables of positions
+    "resnet50": RESIDUAL,
+    "resnet18": RESIDUAL,  # basic blocks
 }
+STEMS = {"patch_embed": ("swin", "pvt", "hiera"), "conv1": ("resnet",)}  # what timm calls it, if not stem
 FIXED = ("maxvit", "coatnet")  # built for one image size
 
 
@@ -118,7 +122,7 @@ def their_key(name, key):
         owner = "rel_pos_bias" if CASES[name].get("use_shared_rel_pos_bias") else f"blocks.{key[7:]}.attn"
         return f"{owner}.relative_position_bias_table"
     if key.startswith("stem."):
-        return f"patch_embed.{key[5:]}" if name.startswith(("swin", "pvt", "hiera")) else key
+        return next((f"{stem}.{key[5:]}" for stem, names in STEMS.items() if name.startswith(names)), key)
     return key.removeprefix("vit.").removeprefix("backbone.")
 
 

@@ -78,11 +78,11 @@ def test_nothing_to_train_is_an_error():
 
 
 def test_unknown_optimizer_is_an_error():
-    with pytest.raises(ValueError, match="'adam'.*adamw, lars and sgd"):
+    with pytest.raises(ValueError, match="'adam'.*adamw, lamb, lars and sgd"):
         build_optimizer(Task(), "adam")
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_a_scale_of_half_moves_by_half_and_rate_zero_not_at_all(name):
     torch.manual_seed(0)
     moved = {}

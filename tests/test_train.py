@@ -151,7 +151,7 @@ def test_accumulated_batches_make_the_step_of_a_whole_one(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer):
     from util.train import take_step
 

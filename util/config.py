@@ -69,7 +69,7 @@ class Optim:
     """The optimizer and its learning rate. Rates are per 256 images: the rate itself is lr * batch / 256.
 
     Args:
-        name: adamw, lars or sgd
+        name: adamw, lamb, lars or sgd
         lr: learning rate after the warm-up, per 256 images
         min_lr: where the cosine ends, per 256 images
         warmup_lr: where the warm-up starts, per 256 images
@@ -78,8 +78,9 @@ class Optim:
         gamma: see milestones
         cosine_from: epoch at which the cosine is at its top; by default the end of the warm-up (SimMIM 0)
         weight_decay: of weight matrices; biases, norms and other vectors have none
+        weight_decay_end: where a cosine over the whole run takes weight_decay; by default it stays
         no_decay: parameters whose name contains one of these words have none either
-        betas: of adamw
+        betas: of adamw and lamb
         momentum: of lars and sgd
         layer_decay: factor of the learning rate from each layer to the one before it; 1 for none
         clip: largest norm of the gradient; 0 for none
@@ -94,6 +95,7 @@ class Optim:
     gamma: float = 0.1
     cosine_from: float | None = None
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
     no_decay: list[str] = field(default_factory=list)
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.9
@@ -142,7 +144,7 @@ class Pretrain:
 
     Args:
         encoder: any plain or hierarchical backbone of timm, and its arguments
-        method: mae, simmim or fastmim, and its arguments
+        method: mae, simmim, fastmim, fcmae or spark, and its arguments
     """
 
     encoder: Part

@@ -1,4 +1,4 @@
-"""What is learned, how fast, and with how much weight decay: parameter groups, optimizers and the learning rate."""
+"""What is learned, how fast, and with how much weight decay: parameter groups, optimizers and their schedules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 
@@ -78,30 +78,29 @@ def build_optimizer(
     layer_decay: float = 1.0,
     no_decay: Sequence[str] = (),
 ) -> Optimizer:
-    """AdamW ("adamw"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
+    """AdamW ("adamw"), LAMB ("lamb"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
 
     Its learning rate is 0: the loop sets each group's before every step, to the schedule's times "lr_scale".
-    All three are fused or act like it: where the tensor `optimizer.found_inf` is 1, a step changes nothing.
+    All of them are fused or act like it: where the tensor `optimizer.found_inf` is 1, a step changes nothing.
     ValueError if the name is another or nothing is trainable.
     """
     groups = parameter_groups(task, weight_decay, layer_decay, no_decay)
     if name == "adamw":
         return AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)  # on a CPU too it is several times faster
+    if name == "lamb":
+        return LAMB(groups, lr=0.0, betas=tuple(betas))
     if name == "lars":
         return LARS(groups, lr=0.0, momentum=momentum)
     if name == "sgd":
         return SGD(groups, lr=0.0, momentum=momentum, fused=True)
-    raise ValueError(f"no optimizer {name!r}: there are adamw, lars and sgd")
+    raise ValueError(f"no optimizer {name!r}: there are adamw, lamb, lars and sgd")
 
 
-class LARS(Optimizer):
-    """SGD with momentum whose step for a weight matrix is in proportion to that matrix's norm (You et al. 2017).
+class Scaled(Optimizer):
+    """An optimizer of one tensor at a time that skips a step where `found_inf` is 1, without waiting for the GPU."""
 
-    As for linear probes in MoCo v3 and MAE: what has at most one dimension gets neither `trust` nor weight decay.
-    """
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+    def __init__(self, params, defaults: dict):
+        super().__init__(params, defaults)
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
@@ -113,13 +112,21 @@ class LARS(Optimizer):
                     self.update(p, group)
         return loss
 
+
+class LARS(Scaled):
+    """SGD with momentum whose step for a weight matrix is in proportion to that matrix's norm (You et al. 2017).
+
+    As for linear probes in MoCo v3 and MAE: what has at most one dimension gets neither `trust` nor weight decay.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
     def update(self, p: nn.Parameter, group: dict) -> None:
         change = p.grad
         if p.ndim > 1:
             change = change.add(p, alpha=group["weight_decay"])
-            size, pull = p.norm(), change.norm()
-            ratio = torch.where((size > 0) & (pull > 0), group["trust"] * size / pull, 1.0)  # no sync with the GPU
-            change = change * ratio
+            change = change * trust_ratio(p, change, group["trust"])
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
@@ -127,3 +134,35 @@ class LARS(Optimizer):
         keep = self.found_inf.bool()
         state["momentum"].copy_(torch.where(keep, state["momentum"], momentum))
         p.sub_(torch.where(keep, 0.0, momentum), alpha=group["lr"])
+
+
+class LAMB(Scaled):
+    """Adam whose step for a decayed tensor is in proportion to that tensor's norm (You et al. 2020).
+
+    What is not decayed takes Adam's step, and the gradient is clipped by the loop, if at all, as in SparK's code.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-6):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    def update(self, p: nn.Parameter, group: dict) -> None:
+        state, skip = self.state[p], self.found_inf.bool()
+        if not state:
+            state.update(steps=p.new_zeros(()), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        gradient, keep = torch.where(skip, 0.0, p.grad), (~skip).to(p.dtype)
+        state["steps"].add_(keep)
+        found = []
+        for key, x, beta in zip(("mean", "square"), (gradient, gradient.square()), group["betas"]):
+            state[key].lerp_(x, keep * (1 - beta))
+            found.append(state[key] / (1 - beta ** state["steps"].double()))
+        change = found[0] / (found[1].sqrt() + group["eps"])
+        if group["weight_decay"]:
+            change = change.add(p, alpha=group["weight_decay"])
+            change = change * trust_ratio(p, change)
+        p.sub_(torch.where(skip, 0.0, change), alpha=group["lr"])
+
+
+def trust_ratio(p: Tensor, change: Tensor, trust: float = 1.0) -> Tensor:
+    """The factor that makes a change `trust` times as long as its parameter; 1 if either has no length."""
+    size, pull = p.norm(), change.norm()
+    return torch.where((size > 0) & (pull > 0), trust * size / pull, 1.0)

@@ -51,10 +51,15 @@ def check(data: Data, optim: Optim, run: Run) -> None:
     for key, value, choices in (
         ("run.dtype", run.dtype, ("bfloat16", "float16", "float32")),
         ("run.device", run.device, ("auto", "cuda", "cpu")),
-        ("optim.name", optim.name, ("adamw", "lars", "sgd")),
+        ("optim.name", optim.name, ("adamw", "lamb", "lars", "sgd")),
     ):
         if value not in choices:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
+    if optim.weight_decay_end is not None and not (optim.weight_decay > 0 and optim.weight_decay_end >= 0):
+        raise UserError(
+            f"optim.weight_decay goes from {optim.weight_decay} to {optim.weight_decay_end}, but has to start above 0 "
+            "and end at 0 or above"
+        )
     if (data.mean is None) != (data.std is None):
         raise UserError("data.mean and data.std go together: give both or neither")
     if data.std is not None and min(data.std) <= 0:
@@ -149,6 +154,12 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Schedule:
         tuple(m * epoch for m in optim.milestones),
         optim.gamma,
     )
+
+
+def decay(optim: Optim, steps: float) -> Schedule | None:
+    """The weight decay of a run of so many steps; None if it stays as it is."""
+    end = optim.weight_decay_end
+    return None if end is None else Schedule(optim.weight_decay, steps, min_lr=end)
 
 
 def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:

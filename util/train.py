@@ -64,12 +64,14 @@ def train(
     run: Run,
     log: Log,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    decay_at: Callable[[float], float] | None = None,
 ) -> dict[str, float]:
     """Train a task to the end of its run, from the last checkpoint in run.folder if there is one.
 
     lr_at:    the learning rate at a step; each parameter group multiplies it by its "lr_scale"
     clip:     largest norm of the gradient, 0 for none
     evaluate: gives figures at a step; called every run.evaluate_every epochs and at the end, whose figures are returned
+    decay_at: the weight decay at a step, of the groups that have one; by default theirs stays as it is
 
     A step whose gradient is not finite is skipped and counted; STREAK of them in a row go back to the last checkpoint.
     SIGINT and SIGTERM save and leave (exit code 128 + signal).
@@ -89,6 +91,8 @@ def train(
         while step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step) * group["lr_scale"]
+                if decay_at is not None and group["weight_decay"]:
+                    group["weight_decay"] = decay_at(step)
 
             for micro in range(loader.accumulate):
                 batch = next(batches)

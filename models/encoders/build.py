@@ -13,9 +13,11 @@ from models.encoders.convnext import ConvNeXt
 from models.encoders.encoder import Encoder
 from models.encoders.hiera import Hiera
 from models.encoders.pyramid import Pyramid
+from models.encoders.resnet import ResNet
 from models.encoders.vit import ViT
 
-PLAIN, OWN = ("vision_transformer", "deit", "beit", "eva"), {"convnext": ConvNeXt, "hiera": Hiera}
+PLAIN = ("vision_transformer", "deit", "beit", "eva")
+SPARSE = {"convnext": ConvNeXt, "resnet": ResNet, "hiera": Hiera}
 
 
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
@@ -23,7 +25,7 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
-    args:     those of ViT, Pyramid, ConvNeXt or Hiera, or timm's
+    args:     those of ViT, Pyramid, ConvNeXt, ResNet or Hiera, or timm's
 
     ValueError for an unknown name or argument, naming the nearest one.
     """
@@ -49,9 +51,9 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
 
 def encoder_class(name: str) -> type[Encoder]:
-    """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, Hiera, or Pyramid for the rest."""
+    """The Encoder that serves a timm name: ViT for plain transformers, Pyramid for what is not in SPARSE."""
     module = model_entrypoint(name).__module__.rpartition(".")[2]
-    return ViT if module in PLAIN else OWN.get(module, Pyramid)
+    return ViT if module in PLAIN else SPARSE.get(module, Pyramid)
 
 
 def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:

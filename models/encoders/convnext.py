@@ -16,16 +16,19 @@ class ConvNeXt(Pyramid):
 
     layer_groups: "single" counts each block as a layer for layer-wise learning rates, "group" three blocks of the
                   third stage at a time (both from the ConvNeXt V2 repository)
+    grn:          with a mask, the norms of V2's GRN are those of each "image", as they are without a mask, or of the
+                  whole "batch" on a device, as in the released FCMAE
     """
 
     skips = True
 
-    def __init__(self, name: str, in_chans: int = 3, layer_groups: str = "single", **timm_args):
+    def __init__(self, name: str, in_chans: int = 3, layer_groups: str = "single", grn: str = "image", **timm_args):
         super().__init__(name, in_chans, **timm_args)
-        self.skips = not self.overlaps
         if layer_groups not in ("single", "group"):
             raise ValueError(f'layer_groups is "single" or "group", not "{layer_groups}"')
-        self.layer_groups, self.checkpointing = layer_groups, False
+        if grn not in ("image", "batch"):
+            raise ValueError(f'grn is "image" or "batch", not "{grn}"')
+        self.layer_groups, self.grn, self.checkpointing = layer_groups, grn, False
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
@@ -55,22 +58,24 @@ class ConvNeXt(Pyramid):
             seen = ~mask.at(stride)[:, None]  # (B, 1, h, w)
             x = stage.downsample(x) * seen  # no kernel of a downsampling layer crosses the border of a cell
             for block in stage.blocks:
-                args = (block, x, seen)
+                args = (block, x, seen, self.grn == "batch")
                 x = checkpoint(sparse_block, *args, use_reentrant=False) if self.checkpointing else sparse_block(*args)
             maps.append(x)
         return Features(maps)
 
 
-def sparse_block(block: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
+def sparse_block(block: nn.Module, x: Tensor, seen: Tensor, whole_batch: bool = False) -> Tensor:
     """timm's ConvNeXt block as if hidden cells did not exist: (B, C, h, w), (B, 1, h, w) bool -> (B, C, h, w).
 
     The depthwise convolution reads zeros from hidden cells, zeros again before GRN takes its norm over places.
     """
-    to_mlp = "b c h w -> b c h w" if block.use_conv_mlp else "b c h w -> b h w c"
-    back = " -> ".join(reversed(to_mlp.split(" -> ")))
-    mlp, y = block.mlp, block.norm(rearrange(block.conv_dw(x), to_mlp))
-    y = mlp.act(mlp.fc1(y)) * rearrange(seen, to_mlp)
-    y = rearrange(mlp.fc2(mlp.grn(y) if hasattr(mlp, "grn") else y), back)
+    layout = "b c h w" if block.use_conv_mlp else "b h w c"
+    mlp, y = block.mlp, block.norm(rearrange(block.conv_dw(x), f"b c h w -> {layout}"))
+    y = mlp.act(mlp.fc1(y)) * rearrange(seen, f"b c h w -> {layout}")
+    if hasattr(mlp, "grn"):
+        one = layout.replace("b", "1").replace("h", "(b h)") if whole_batch else layout  # one tall image
+        y = rearrange(mlp.grn(rearrange(y, f"{layout} -> {one}")), f"{one} -> {layout}", b=len(x))
+    y = rearrange(mlp.fc2(y), f"{layout} -> b c h w")
     if block.gamma is not None:
         y = y * block.gamma.reshape(1, -1, 1, 1)
     return (block.shortcut(x) + block.drop_path(y)) * seen

@@ -20,7 +20,7 @@ class Encoder(nn.Module):
     overlaps: neighbouring patches share pixels: what is hidden must be gone before `embed`, not only after it
     skips:    with a mask, `encode` leaves hidden cells out: zeros there
     mixes:    with a mask, `encode` computes hidden cells too, from hidden ones alone
-    normed:   the last map is already layer-normalised
+    normed:   the last map wants no further norm before a classifier
     plan:     how to build it again: {"name", "in_chans", "args"}
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -37,6 +37,16 @@ class Cells(nn.Module):
 
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B rows columns D"]:
         return rearrange(self.linear(x), "b h w (p q d) -> b (h p) (w q) d", p=self.split, q=self.split)
+
+
+def norm_visible(norm: nn.Module, x: Float[Tensor, "B C h w"], seen: Int[Tensor, "B n"]) -> Float[Tensor, "B C h w"]:
+    """Norm as if hidden places did not exist: statistics from the visible ones alone, zeros elsewhere (SparK).
+
+    seen: flat indices of the visible places, from `Mask.visible`
+    """
+    places = seen[:, None].expand(-1, x.shape[1], -1)  # (B, C, n)
+    y = norm(x.flatten(2).gather(2, places)[..., None])[..., 0]
+    return y.new_zeros(x.shape).flatten(2).scatter(2, places, y).view(x.shape)
 
 
 def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "h w C"]:

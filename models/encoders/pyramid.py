@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 
-STEMS = ("patch_embed", "stem")
 WINDOWED = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr")
 
 
@@ -26,12 +25,14 @@ class Pyramid(Encoder):
     ValueError if the backbone has no such stem.
     """
 
+    stems: tuple[str, ...] = ("patch_embed", "stem")  # what timm calls it
+
     def __init__(self, name: str, in_chans: int = 3, **timm_args):
         super().__init__()
         if model_entrypoint(name).__module__ in WINDOWED:
             timm_args = {"strict_img_size": False, **timm_args}  # windows are cut at any image size
         self.backbone = backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, **timm_args)
-        place = next((stem for stem in STEMS if hasattr(backbone, stem)), None)
+        place = next((stem for stem in self.stems if hasattr(backbone, stem)), None)
         if place is None or not hasattr(backbone, "forward_intermediates"):
             raise ValueError(
                 f"{name} cannot be cut into a stem and stages: choose a swin, pvt_v2, convnext, ... or a vit"

@@ -17,6 +17,7 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.released.common import DERIVED, State
+from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.resize import STEM, fit
 
@@ -29,8 +30,8 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
-                   "convnextv2:", "hiera:" and the path of a checkpoint of that repository, whose sizes are read off
-                   its tensors
+                   or any other of `released.SOURCES` and the path of a checkpoint of that repository, whose sizes are
+                   read off its tensors
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
     changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;
@@ -124,7 +125,7 @@ def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, Stat
     for key, value in state.items():
         new = rename(key)
         if new is not None:
-            ours[new] = value
+            ours[new] = dense(key, value)
         else:
             ignored[what(key)] += 1
     stem = next(value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.encoders.encoder import Encoder
+from models.mim.conv_head import ConvDecoder, UNetDecoder
 from models.mim.head import Decoder, FuseDecoder, LinearHead
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2
@@ -70,8 +71,35 @@ def hiera(
     return MIM(RandomMasker(unit, ratio), Skip(encoder), FuseDecoder(encoder, truth, depth, width, heads), truth, l2)
 
 
+def fcmae(
+    encoder: Encoder,
+    ratio: float = 0.6,
+    unit: int = 32,
+    target: str = "normalized",
+    cell: int | None = None,
+    depth: int = 1,
+    width: int = 512,
+) -> MIM:
+    """FCMAE (Woo et al., 2023): convolutions encode the visible cells alone, one more block guesses the rest."""
+    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), ConvDecoder(encoder, truth, depth, width), truth, l2)
+
+
+def spark(
+    encoder: Encoder,
+    ratio: float = 0.59,
+    unit: int = 32,
+    target: str = "normalized",
+    cell: int | None = None,
+    width: int = 768,
+) -> MIM:
+    """SparK (Tian et al., 2023): as FCMAE, with a U-Net over all scales; its rounding of 0.6 is 0.59 here, 29 of 49."""
+    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), UNetDecoder(encoder, truth, width), truth, l2)
+
+
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim, hiera)}
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim, hiera, fcmae, spark)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:

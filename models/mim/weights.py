@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.encoders import released
 from models.encoders.released.common import State, is_sincos
+from models.encoders.released.convnext import BLOCK, dense, substitute
 from models.encoders.released.derived import check_derived
 from models.encoders.weights import named
 from models.mim.method import MIM
@@ -31,6 +32,12 @@ HEADS = {  # what lies beside the encoder: official key, ours
         (r"^decoder_pos_embed$", "head.table"),
         *TRANSFORMER,
     ),
+    "convnextv2": (
+        (r"^mask_token$", "head.fill.token"),
+        (r"^proj\.", "head.project."),
+        (r"^pred\.", "head.cells.linear."),
+        (r"^decoder\.(\d+\..*)", lambda found: f"head.blocks.{substitute(BLOCK, found[1])}"),
+    ),
 }
 
 
@@ -48,7 +55,14 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 
 
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)", "hiera": "(c p y q x)"}
+CELLS_FIRST, CHANNELS_FIRST = "(p y q x c)", "(c p y q x)"
+ORDER = {
+    "mae": CELLS_FIRST,
+    "fastmim": CELLS_FIRST,
+    "simmim": CHANNELS_FIRST,
+    "hiera": CHANNELS_FIRST,
+    "convnextv2": CELLS_FIRST,
+}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
@@ -66,6 +80,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
         elif new is not None and new not in own:
             unread.append(key)
         elif new is not None:
+            value = dense(key, value)
             value = in_our_order(mim, kind, value) if new.startswith("head.cells.") else value
             if value.numel() != own[new].numel():
                 misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")

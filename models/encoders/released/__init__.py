@@ -8,6 +8,12 @@ from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
 from models.encoders.released.convnext import convnext, describe_convnext
 from models.encoders.released.hiera import describe_hiera, hiera
+from models.encoders.released.spark import (
+    describe_spark_convnext,
+    describe_spark_resnet,
+    spark_convnext,
+    spark_resnet,
+)
 from models.encoders.released.swin import describe_swin, swin
 from models.encoders.released.vit import describe_vit, vit
 
@@ -21,6 +27,11 @@ SOURCES: dict[str, Callable[[State], tuple[Rename, Describe]]] = {
     "fastmim": lambda state: SWIN if holds_stages(state) else VIT,
     "convnextv2": lambda state: (convnext, describe_convnext),
     "hiera": lambda state: (hiera, describe_hiera),
+    "spark": lambda state: (
+        (spark_resnet, describe_spark_resnet)
+        if any(key.endswith("layer1.0.conv1.weight") for key in state)
+        else (spark_convnext, describe_spark_convnext)
+    ),
 }
 
 
