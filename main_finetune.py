@@ -22,7 +22,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     from models.encoders.weights import load_encoder, load_normalization
     from models.transfer.frozen import features, knn
     from models.transfer.recipes import TASKS
-    from util import checkpoint, dist, start
+    from util import checkpoint, start
     from util.data.loader import read_schedule
     from util.data.transforms import Augment
     from util.optim import build_optimizer
@@ -70,7 +70,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         depth = {"channels": found.train.channels, "bits": found.survey.bits}
         augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
         loader = batches.train(augment)
-        if task.mixer is not None and data.batch // loader.accumulate // dist.world() % 2:
+        if task.mixer is not None and any(stage.per_device % 2 for stage in loader.plan.stages):
             raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
         lr_at = start.schedule(optim, loader, run, log)
         optimizer = build_optimizer(

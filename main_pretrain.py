@@ -68,14 +68,14 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
     )
     held_out = batches.once(found.val, run.probe)
-    bank = batches.once(found.train, run.probe)
+    bank = batches.once(found.pool, run.probe)  # the same for every data.fraction
     last: dict[str, float] = {}
 
     def evaluate(step: int) -> dict[str, float]:
         figures = health(task, held_out, run.seed)
         if found.classes is not None and len(found.classes) > 1 and figures["images"] >= FEW:
             figures["knn"] = knn(*features(encoder, bank), *features(encoder, held_out))
-        epoch = step / loader.steps_per_epoch
+        epoch = loader.plan.epoch(step)
         log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
         last.update(figures=figures, epoch=epoch)
         images = next(iter(held_out))["image"][: run.panel]
