@@ -22,7 +22,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     from models.encoders.weights import load_encoder, load_normalization
     from models.transfer.frozen import features, knn
     from models.transfer.recipes import TASKS
-    from util import checkpoint, dist, start
+    from util import checkpoint, start
     from util.data.loader import read_schedule
     from util.data.transforms import Augment
     from util.optim import build_optimizer
@@ -70,9 +70,9 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         depth = {"channels": found.train.channels, "bits": found.survey.bits}
         augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
         loader = batches.train(augment)
-        if task.mixer is not None and data.batch // loader.accumulate // dist.world() % 2:
+        if task.mixer is not None and any(stage.per_device % 2 for stage in loader.plan.stages):
             raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
-        lr_at = start.schedule(optim, loader, run, log)
+        lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
         optimizer = build_optimizer(
             task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
         )
@@ -84,7 +84,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
             checkpoint.export(folder / "encoder.safetensors", task.judged.encoder, normalization)
             return figures
 
-        figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, start.decay(optim, lr_at.steps))
+        figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)
     start.report(folder, figures)
     log(f"{config.task.name} of {config.weights}: top-1 {figures['top1']:.4f}, in {folder / 'report.json'}")
     log.close()

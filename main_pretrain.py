@@ -63,19 +63,19 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
 
     crop = RandomCrop(data.scale, flip=data.flip, interpolation=data.interpolation)
     loader = batches.train(crop)
-    lr_at = start.schedule(optim, loader, run, log)
+    lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
     optimizer = build_optimizer(
         task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
     )
     held_out = batches.once(found.val, run.probe)
-    bank = batches.once(found.train, run.probe)
+    bank = batches.once(found.pool, run.probe)  # the same for every data.fraction
     last: dict[str, float] = {}
 
     def evaluate(step: int) -> dict[str, float]:
         figures = health(task, held_out, run.seed)
         if found.classes is not None and len(found.classes) > 1 and figures["images"] >= FEW:
             figures["knn"] = knn(*features(encoder, bank), *features(encoder, held_out))
-        epoch = step / loader.steps_per_epoch
+        epoch = loader.plan.epoch(step)
         log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
         last.update(figures=figures, epoch=epoch)
         images = next(iter(held_out))["image"][: run.panel]
@@ -90,7 +90,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         )
         return figures
 
-    figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, start.decay(optim, lr_at.steps))
+    figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)
     start.report(folder, figures)
     log(f"encoder in {folder / 'encoder.safetensors'}, panels in {folder / 'reconstructions'}, "
         f"figures in {folder / 'report.json'}; curves: tensorboard --logdir {folder / 'tensorboard'}")  # fmt: skip

@@ -1,5 +1,6 @@
 """The loop: resuming to the bit, accumulation, non-finite steps, signals, several processes."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,29 +23,33 @@ from util.config import Run
 from util.errors import UserError
 from util.log import Log
 from util.optim import Schedule, build_optimizer
-from util.train import due, train
+from util.plan import make_plan
+from util.times import Time
+from util.train import train
 
 STEPS = 10
 
 
 class Images:
-    """Micro-batches of noise that depend on their number alone; some are not numbers."""
+    """Micro-batches of noise that depend on their number alone; some are not numbers. An epoch is of 32 images."""
 
-    waited, steps_per_epoch = 0.0, 4
+    waited = 0.0
 
-    def __init__(self, batch=8, accumulate=2, bad=()):
-        self.batch, self.accumulate, self.bad = batch, accumulate, bad
+    def __init__(self, batch=8, accumulate=2, bad=(), steps=STEPS, stages=None):
+        constant = {"batch": batch, "per_device": batch // accumulate // dist.world(), "size": 16}
+        self.plan = make_plan(32, **constant | (stages or {}), length=Time(steps, "steps"), world=dist.world())
+        self.bad = bad
 
     def batches(self, start):
-        number = start * self.accumulate
-        while True:
-            generator = torch.Generator().manual_seed(number % 8)
-            share = self.batch // self.accumulate // dist.world()
-            images = torch.randn(self.batch // self.accumulate, 1, 16, 16, generator=generator)
-            images = images[dist.rank() * share :][:share]
-            factor = float("nan") if number // self.accumulate in self.bad else 1.0
-            yield {"image": images * factor, "label": torch.arange(share) % 3}
-            number += 1
+        for step in itertools.count(start):
+            stage = self.plan.at(step)
+            for micro in range(stage.accumulate):
+                generator = torch.Generator().manual_seed((2 * step + micro) % 8)
+                share = stage.per_device
+                images = torch.randn(share * dist.world(), 1, *stage.size, generator=generator)
+                images = images[dist.rank() * share :][:share]
+                factor = float("nan") if step in self.bad else 1.0
+                yield {"image": images * factor, "label": torch.arange(share) % 3, "figures": {"drawn": images.mean()}}
 
 
 def tiny(task="mae"):
@@ -60,7 +65,7 @@ def go(folder, loader=None, task="mae", evaluate=None, clip=1.0, **run):
     """A short run; gives its task."""
     folder.mkdir(exist_ok=True)
     model = tiny(task)
-    settings = {"epochs": STEPS / 4, "dtype": "float32", "log_every": 3, "save_every": 3, "evaluate_every": 0} | run
+    settings = {"dtype": "float32", "log_every": 3, "save_every": 3, "evaluate_every": 0} | run
     optimizer = build_optimizer(model, no_decay=["fill"])
     log = Log(folder)
     schedule = Schedule(3e-3, STEPS, warmup=2)
@@ -104,6 +109,17 @@ def test_a_stopped_run_continues_to_the_bit(tmp_path, task, dtype):
     assert not equal(whole, tiny(task))
 
 
+@pytest.mark.parametrize("stop", [3, 4, 5, 6, 7])
+def test_a_run_in_stages_continues_to_the_bit(tmp_path, stop):
+    """Stopped before, at and after the borders of stages: 4 steps of 8 images, 2 of 4 larger ones, then of 2."""
+    stages = {"batch": [(0, 8), (1, 4), (1.25, 2)], "per_device": [(0, 4), (1.25, 2)], "size": [(0, 16), (1, (16, 24))]}
+    whole = go(tmp_path / "whole", Images(stages=stages))
+    with pytest.raises(Stop):
+        go(tmp_path / "parts", Images(stages=stages), evaluate=stop_at(stop), evaluate_every="1 steps", save_every=2)
+    assert equal(whole, go(tmp_path / "parts", Images(stages=stages)))
+    assert [one["epoch"] for one in lines(tmp_path / "whole", "loss")] == [0.25, 0.75, 1.25, 1.4375, 1.5]
+
+
 def test_a_checkpoint_cut_short_gives_way_to_the_one_before(tmp_path):
     whole = go(tmp_path / "whole")
     with pytest.raises(Stop):
@@ -138,11 +154,11 @@ def test_accumulated_batches_make_the_step_of_a_whole_one(tmp_path):
         model = finetune(build_encoder("vit_tiny_patch16_224", 1, **args), 3)
         folder = tmp_path / str(accumulate)
         folder.mkdir()
-        images = Images(8, accumulate)
+        images = Images(8, accumulate, steps=1)
         images.batches = lambda start: iter(
             [{"image": x, "label": y} for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate))]
         )
-        run = Run(str(folder), epochs=0.25, dtype="float32", evaluate_every=0)
+        run = Run(str(folder), dtype="float32", evaluate_every=0)
         train(model, images, build_optimizer(model, "sgd"), lambda step: 0.1, 0.0, run, Log(folder))
         return model
 
@@ -231,9 +247,9 @@ class Waits(TorchDispatchMode):
 def test_no_step_waits_for_the_device(tmp_path, task):
     """Three times the steps between two lines of the log read no more numbers."""
     counts = []
-    for epochs in (1, 3):
+    for steps in (4, 12):
         with Waits() as waits:
-            go(tmp_path / str(epochs), task=task, epochs=epochs, log_every=100, save_every=100)
+            go(tmp_path / str(steps), Images(steps=steps), task=task, log_every=100, save_every=100)
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 
@@ -242,8 +258,6 @@ def test_evaluations_come_when_they_are_due(tmp_path):
     seen = []
     go(tmp_path / "run", evaluate=lambda step: seen.append(step) or {}, evaluate_every=0.75)
     assert seen == [3, 6, 9, 10]
-    assert [due(step, 2.5) for step in range(1, 6)] == [False, False, True, False, True]
-    assert not due(1, 0)
 
 
 def process(rank, world, folder, port):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+When = float | str  # a time in a run: epochs, or steps as in "500 steps"
+
 
 @dataclass
 class Part:
@@ -25,9 +27,10 @@ class Data:
 
     Args:
         root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several
+        weights: of each of several roots, in proportion to which images are drawn; by default each image once an epoch
         val: held-out images of the same forms; by default a val part of root, or 1 % of it (at most 5,000)
         size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]
-        batch: images of one optimizer step, over all processes
+        batch: images of one optimizer step, over all processes, or a schedule such as [[0, 2048], [200, 1024]]
         scale: smallest and largest part of an image's area that a random crop takes; [1, 1] takes the whole image
         flip: probability of a horizontal flip
         interpolation: bicubic or bilinear
@@ -36,7 +39,8 @@ class Data:
         erase: probability of random erasing
         crop: part of the image's side that a test crop takes
         labels: number of labelled training images to use, spread evenly over the classes; by default all
-        fraction: part of the training images to use, the smaller always within the larger
+        fraction: part of the training images to use, the smaller always within the larger; what is held out, measured
+            or a neighbour in k-NN is the same for all
         in_chans: channels of an image; by default as in the data
         mean: per channel, in [0, 1]; by default measured, or as stored with the weights
         std: per channel, in [0, 1]; by default measured, or as stored with the weights
@@ -45,9 +49,10 @@ class Data:
     """
 
     root: str | list[str]
+    weights: list[float] | None = None
     val: str | None = None
-    size: int | tuple[int, int] | list[tuple[float, int | tuple[int, int]]] = 224
-    batch: int = 256
+    size: int | tuple[int, int] | list[tuple[When, int | tuple[int, int]]] = 224
+    batch: int | list[tuple[When, int]] = 256
     scale: tuple[float, float] = (0.2, 1.0)
     flip: float = 0.5
     interpolation: str = "bicubic"
@@ -66,17 +71,19 @@ class Data:
 
 @dataclass
 class Optim:
-    """The optimizer and its learning rate. Rates are per 256 images: the rate itself is lr * batch / 256.
+    """The optimizer and its learning rate. Rates are per 256 images: the rate of a step is lr * its batch / 256.
+
+    Times are in epochs, or in steps where they say so, as in "500 steps". In a run of run.steps all have to say so.
 
     Args:
         name: adamw, lamb, lars or sgd
         lr: learning rate after the warm-up, per 256 images
         min_lr: where the cosine ends, per 256 images
         warmup_lr: where the warm-up starts, per 256 images
-        warmup: epochs of linear warm-up
-        milestones: epochs after each of which lr is multiplied by gamma, instead of the cosine
+        warmup: time of the linear warm-up
+        milestones: times after each of which lr is multiplied by gamma, instead of the cosine
         gamma: see milestones
-        cosine_from: epoch at which the cosine is at its top; by default the end of the warm-up (SimMIM 0)
+        cosine_from: time at which the cosine is at its top; by default the end of the warm-up (SimMIM 0)
         weight_decay: of weight matrices; biases, norms and other vectors have none
         weight_decay_end: where a cosine over the whole run takes weight_decay; by default it stays
         no_decay: parameters whose name contains one of these words have none either
@@ -90,10 +97,10 @@ class Optim:
     lr: float = 1.5e-4
     min_lr: float = 0.0
     warmup_lr: float = 0.0
-    warmup: float = 0.0
-    milestones: list[float] = field(default_factory=list)
+    warmup: When = 0.0
+    milestones: list[When] = field(default_factory=list)
     gamma: float = 0.1
-    cosine_from: float | None = None
+    cosine_from: When | None = None
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     no_decay: list[str] = field(default_factory=list)
@@ -109,8 +116,10 @@ class Run:
 
     Args:
         folder: of everything the run writes; a folder that holds this run is continued
-        epochs: passes over the training images; a fraction is fine
-        per_device: images of one forward pass on one device, by default batch / processes; the rest is accumulated
+        epochs: passes over the training images; a fraction is fine. 100 unless steps are given
+        steps: optimizer steps of the run, however many the images, instead of epochs
+        per_device: images of one forward pass on one device, by default batch / processes; the rest is accumulated; or
+            a schedule such as [[0, 256], [200, 128]]
         device: auto, cuda or cpu
         dtype: bfloat16, float16 or float32
         compile: compile the model (minutes at the start, faster steps on GPUs)
@@ -118,14 +127,15 @@ class Run:
         seed: of weights, order, crops and masks
         log_every: steps between lines of the log
         save_every: steps between checkpoints
-        evaluate_every: epochs between evaluations; there is one at the end in any case
+        evaluate_every: time between evaluations, by default an epoch or a twentieth of steps; the end has one anyway
         probe: held-out images, and training images for k-NN, of an evaluation while pretraining
         panel: images of a reconstruction panel
     """
 
     folder: str
-    epochs: float = 100
-    per_device: int | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    per_device: int | list[tuple[When, int]] | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
     compile: bool = False
@@ -133,7 +143,7 @@ class Run:
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
-    evaluate_every: float = 1
+    evaluate_every: When | None = None
     probe: int = 5000
     panel: int = 8
 

@@ -17,7 +17,7 @@ class Schedule:
     """The learning rate at a step: a straight warm-up, then half a cosine, or a staircase where there are milestones.
 
     lr:         after the warm-up; absolute, as are all rates here
-    steps:      optimizer steps of the whole run; times are in steps, fractions of one are fine
+    steps:      optimizer steps of the whole run; times are in steps, fractions of one are fine (or all in epochs)
     warmup:     steps from `warmup_lr` to `lr`
     min_lr:     where the cosine ends
     origin:     step at which the cosine is at its top, the end of the warm-up unless given. SimMIM's cosine runs from

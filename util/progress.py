@@ -11,6 +11,7 @@ from torch import Tensor
 
 from util import dist
 from util.log import duration
+from util.plan import Plan
 
 
 def line(step: int, steps: int, figures: dict[str, float]) -> str:
@@ -73,9 +74,9 @@ class Sums:
 
 
 class Fed(Protocol):
-    """What is known of a loader: images of a step over all processes, and seconds spent waiting for them so far."""
+    """What is known of a loader: the plan of its steps, and seconds spent waiting for images so far."""
 
-    batch: int
+    plan: Plan
     waited: float
 
 
@@ -83,7 +84,7 @@ class Watch:
     """How fast the run goes: images/s, the share of time spent waiting for data, the time left."""
 
     def __init__(self, loader: Fed, step: int):
-        self.loader, self.began, self.began_at = loader, time.perf_counter(), step
+        self.loader, self.images, self.began, self.began_at = loader, loader.plan.images, time.perf_counter(), step
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -94,10 +95,11 @@ class Watch:
         """The figures since the last reading."""
         now = time.perf_counter()
         seconds = max(now - self.since, 1e-9)
+        seen, left = self.images(step) - self.images(self.began_at), self.images(steps) - self.images(step)
         figures = {
-            "images_per_s": (step - self.step) * self.loader.batch / seconds,
+            "images_per_s": (self.images(step) - self.images(self.step)) / seconds,
             "data_wait": min((self.loader.waited - self.waited) / seconds, 1.0),
-            "eta_s": (now - self.began) / max(step - self.began_at, 1) * (steps - step),
+            "eta_s": (now - self.began) / max(seen, 1) * left,
         }
         if torch.cuda.is_available():
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from util import dist, flops
-from util.config import Data, Optim, Run
+from util.config import Data, Optim, Run, When
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
 from util.data.loader import Loader, Ordered, read_schedule
@@ -24,14 +24,16 @@ from util.errors import UserError
 from util.log import Log
 from util.optim import Schedule
 from util.options import claim_folder
+from util.plan import make_plan
+from util.times import Time, check_times, read_changes, read_time
 
 LEAST = {
     "data.batch": 1,
     "data.workers": 0,
     "run.per_device": 1,
+    "run.steps": 1,
     "run.log_every": 1,
     "run.save_every": 1,
-    "run.evaluate_every": 0,
     "run.panel": 0,
     "run.probe": 1,
     "optim.clip": 0,
@@ -43,11 +45,17 @@ def check(data: Data, optim: Optim, run: Run) -> None:
     sections = {"data": data, "optim": optim, "run": run}
     for key, least in LEAST.items():
         section, name = key.split(".")
-        value = getattr(sections[section], name)
-        if value is not None and value < least:
-            raise UserError(f"{key} is {value}, but has to be at least {least}")
-    if run.epochs <= 0:
-        raise UserError(f"run.epochs is {run.epochs}, but has to be above 0")
+        for _, value in read_changes(key, getattr(sections[section], name)):
+            if value is not None and value < least:
+                raise UserError(f"{key} is {value}, but has to be at least {least}")
+    check_times(data, optim, run)
+    roots = [data.root] if isinstance(data.root, str) else data.root
+    if data.weights is not None and len(data.weights) != len(roots):
+        raise UserError(
+            f"data.weights has {len(data.weights)} numbers, data.root {len(roots)} roots: give each root one"
+        )
+    if data.weights is not None and not all(0 < weight < float("inf") for weight in data.weights):
+        raise UserError(f"data.weights is {data.weights}, but each has to be above 0: leave out a root not wanted")
     for key, value, choices in (
         ("run.dtype", run.dtype, ("bfloat16", "float16", "float32")),
         ("run.device", run.device, ("auto", "cuda", "cpu")),
@@ -92,25 +100,31 @@ class Batches:
     """
 
     def __init__(self, data: Data, run: Run, found: Dataset, stored: dict | None, device: torch.device, log: Log):
-        self.data, self.run, self.found = data, run, found
-        self.mean, self.std, source = normalization(data, found.train, stored)
+        self.data, self.run, self.found, self.log = data, run, found, log
+        self.mean, self.std, source = normalization(data, found.pool, stored)
         log(f"channels  mean {numbers(self.mean)}, std {numbers(self.std)} ({source})")
-        self.per_device = run.per_device or max(data.batch // dist.world(), 1)
         bad = BadImages(Path(run.folder) / "bad_images.txt", len(found.train) + len(found.val), data.max_bad)
         self.where = {"rank": dist.rank(), "world": dist.world(), "device": device, "bad": bad}
 
     def train(self, transform: Transform) -> Loader:
         """Endless random batches of the training images."""
-        args = (self.data.batch, self.per_device, self.data.size, self.mean, self.std, self.run.seed, self.data.workers)
-        return Loader(self.found.train, transform, *args, **self.where)
+        data, run, images = self.data, self.run, self.found.train
+        length = Time(run.steps, "steps") if run.steps is not None else Time(100 if run.epochs is None else run.epochs)
+        plan = make_plan(len(images), data.batch, run.per_device, data.size, length, dist.world())
+        options = {"seed": run.seed, "workers": data.workers, "weights": data.weights, **self.where}
+        loader = Loader(images, transform, plan, self.mean, self.std, **options)
+        for line in loader.order.describe(self.found.roots):
+            self.log(line)
+        return loader
 
     def once(self, images: Images, most: int | None = None) -> Ordered:
         """Every image once, or a fixed sample of at most `most`, cut from the centre at the schedule's last size."""
         if most is not None:
             images = images.take(np.sort(pick(len(images), most, 0)))
         crop, size = CentreCrop(self.data.crop, self.data.interpolation), read_schedule(self.data.size)[-1][1]
-        workers = min(self.data.workers, 4)
-        return Ordered(images, crop, self.per_device, size, self.mean, self.std, workers=workers, **self.where)
+        batch, few = read_changes("data.batch", self.data.batch), read_changes("run.per_device", self.run.per_device)
+        few, workers = few[-1][1] or max(batch[-1][1] // dist.world(), 1), min(self.data.workers, 4)
+        return Ordered(images, crop, few, size, self.mean, self.std, workers=workers, **self.where)
 
 
 def normalization(data: Data, images: Images, stored: dict | None) -> tuple[list[float], list[float], str]:
@@ -132,28 +146,29 @@ def numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Schedule:
-    """The learning rate of a run; the arithmetic is said."""
-    scale, epoch = loader.batch / 256, loader.steps_per_epoch
-    origin = None if optim.cosine_from is None else optim.cosine_from * epoch
-    steps = max(round(run.epochs * epoch), 1)
+def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int], float]:
+    """The learning rate at each step of a run; the arithmetic is said, stage by stage."""
+    plan = loader.plan
     if loader.note:
         log(loader.note)
-    log(
-        f"steps     {steps:,} of {loader.batch:,} images = {dist.world()} processes x "
-        f"{loader.batch // dist.world() // loader.accumulate} x {loader.accumulate} accumulated; "
-        f"{epoch:,} an epoch; lr {optim.lr:g} x {loader.batch} / 256 = {optim.lr * scale:.3g}"
-    )
-    return Schedule(
-        optim.lr * scale,
-        steps,
-        optim.warmup * epoch,
-        optim.warmup_lr * scale,
-        optim.min_lr * scale,
-        origin,
-        tuple(m * epoch for m in optim.milestones),
+    for line in plan.describe(optim.lr, dist.world()):
+        log(line)
+
+    def when(key: str, value: When) -> float:
+        time = read_time(key, value)
+        return plan.clock(time.number) if time.unit == "steps" else time.number
+
+    rate = Schedule(
+        optim.lr,
+        plan.clock(plan.steps),
+        when("optim.warmup", optim.warmup),
+        optim.warmup_lr,
+        optim.min_lr,
+        None if optim.cosine_from is None else when("optim.cosine_from", optim.cosine_from),
+        tuple(when("optim.milestones", milestone) for milestone in optim.milestones),
         optim.gamma,
     )
+    return lambda step: rate(plan.clock(step)) * plan.at(step).batch / 256
 
 
 def decay(optim: Optim, steps: float) -> Schedule | None:

@@ -21,6 +21,7 @@ from util import checkpoint, dist
 from util.config import Run
 from util.errors import UserError
 from util.log import Log
+from util.plan import Plan, evaluations
 from util.progress import Sums, Watch, line
 
 STREAK = 5  # non-finite steps in a row that send the run back to its last checkpoint
@@ -39,17 +40,15 @@ class Task(Protocol):
 
 
 class Loader(Protocol):
-    """Endless batches from any step on.
+    """Endless batches from any step on, as many to a step as its stage of the plan accumulates.
 
-    batch:           images of an optimizer step, over all processes
-    steps_per_epoch: optimizer steps
-    accumulate:      batches of each step in this process
-    waited:          seconds spent waiting for batches so far
+    plan:   how many steps there are, and what they are made of
+    waited: seconds spent waiting for batches so far
+
+    A batch may hold "figures", scalars to be logged with those of the task.
     """
 
-    batch: int
-    steps_per_epoch: int
-    accumulate: int
+    plan: Plan
     waited: float
 
     def batches(self, start: int) -> Iterator[dict]: ...
@@ -70,14 +69,14 @@ def train(
 
     lr_at:    the learning rate at a step; each parameter group multiplies it by its "lr_scale"
     clip:     largest norm of the gradient, 0 for none
-    evaluate: gives figures at a step; called every run.evaluate_every epochs and at the end, whose figures are returned
+    evaluate: gives figures at a step; called every run.evaluate_every and at the end, whose figures are returned
     decay_at: the weight decay at a step, of the groups that have one; by default theirs stays as it is
 
     A step whose gradient is not finite is skipped and counted; STREAK of them in a row go back to the last checkpoint.
     SIGINT and SIGTERM save and leave (exit code 128 + signal).
     """
     device, folder = next(task.parameters()).device, Path(run.folder)
-    steps = max(round(run.epochs * loader.steps_per_epoch), 1)
+    plan, steps = loader.plan, loader.plan.steps
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
     counts = {"step": 0, "skipped": 0, "returns": 0} | checkpoint.load(folder, task, optimizer, scaler, log)
     step, began = counts["step"], counts["step"]
@@ -85,6 +84,7 @@ def train(
         log(f"continuing at step {step} of {steps}")
     model = parallel(task, device, run.compile)
     batches, watch, sums = loader.batches(step), Watch(loader, step), Sums(device)
+    every = evaluations(run.evaluate_every, plan)
     task.train()
 
     with interruptible() as interrupted:
@@ -94,16 +94,18 @@ def train(
                 if decay_at is not None and group["weight_decay"]:
                     group["weight_decay"] = decay_at(step)
 
-            for micro in range(loader.accumulate):
+            accumulate = plan.at(step).accumulate
+            for micro in range(accumulate):
                 batch = next(batches)
+                extra = batch.pop("figures", {})
                 # seeded after the batch is fetched, so that a resumed run draws the same masks
                 seed(run.seed, step, micro, dist.rank(), counts["returns"])
-                together = micro == loader.accumulate - 1 or model is task  # gradients meet in the last pass only
+                together = micro == accumulate - 1 or model is task  # gradients meet in the last pass only
                 with nullcontext() if together else model.no_sync():
                     with precision(device, run.dtype):
                         losses = model(batch)
-                    scaler.scale(losses["loss"] / loader.accumulate).backward()
-                sums.add(losses)
+                    scaler.scale(losses["loss"] / accumulate).backward()
+                sums.add(losses | extra)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(task.parameters(), clip or float("inf"))
             take_step(optimizer, scaler, sums.judge(norm))
@@ -116,7 +118,7 @@ def train(
             if step % run.log_every == 0 or done or stop or step == began + 1:
                 figures, skipped, streak = sums.read()
                 counts["skipped"] += skipped
-                figures |= {"lr": lr_at(step - 1), "epoch": step / loader.steps_per_epoch, "skipped": counts["skipped"]}
+                figures |= {"lr": lr_at(step - 1), "epoch": plan.epoch(step), "skipped": counts["skipped"]}
                 figures |= watch.read(step, steps)
                 log.figures(step, figures, line(step, steps, figures))
                 if streak >= (STREAK if run.dtype != "float16" else 5 * STREAK):  # a scaler looks for its scale first
@@ -129,7 +131,7 @@ def train(
             if stop:
                 log(f"stopped by a signal at step {step} of {steps}; the same command continues")
                 raise SystemExit(128 + (interrupted or [signal.SIGTERM])[0])
-            if evaluate is not None and not done and due(step, run.evaluate_every * loader.steps_per_epoch):
+            if evaluate is not None and not done and plan.due(step, every):
                 judge(task, evaluate, step, run, log)
                 watch.restart(step)
     return judge(task, evaluate, step, run, log) if evaluate is not None else {}
@@ -199,11 +201,6 @@ def judge(task: nn.Module, evaluate: Callable, step: int, run: Run, log: Log) ->
     task.train()
     log.figures(step, figures)
     return figures
-
-
-def due(step: int, every: float) -> bool:
-    """Whether a multiple of `every` steps lies between the last step and this one; never if `every` is 0."""
-    return every > 0 and step // every > (step - 1) // every
 
 
 @contextmanager

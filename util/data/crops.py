@@ -6,8 +6,8 @@ from torchvision.transforms.v2 import functional as F
 
 from util.data.dice import Dice
 from util.errors import UserError
+from util.times import Size
 
-Size = tuple[int, int]  # height, width
 TRIES = 10  # at a crop that fits, as in torchvision
 BATCHED = 64 * 64  # up to this many pixels, cropping a whole batch by matrix products beats a loop over torchvision
 

@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -36,10 +37,10 @@ class Dice:
         return (self.uniform(1)[:, 0] * 2**32).astype(np.int64).tolist()
 
 
-def hash_names(names, purpose: str) -> np.ndarray:
+def hash_names(names: Iterable[str], purpose: str) -> np.ndarray:
     """(n,) uint64 that follow from each name and the purpose alone: a shuffle that no order or machine can change."""
     key = purpose.encode()
     digests = (
         hashlib.blake2b(name.encode("utf8", "surrogateescape"), digest_size=8, key=key).digest() for name in names
     )
-    return np.frombuffer(b"".join(digests), "<u8")
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from util.data.bad import BadImages
 from util.data.dice import Dice
 from util.data.images import Images
-from util.data.transforms import Size, Transform
+from util.data.transforms import Transform
 from util.errors import UserError
+from util.times import Size
 
 ATTEMPTS = 100  # to find another image in place of a bad one
 Work = tuple[np.ndarray, int, Size]  # positions, epoch, size: one micro-batch

@@ -29,6 +29,12 @@ class Images:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def bounds(self) -> np.ndarray:
+        """(sources + 1,) positions at which the images of each source begin, and the end of all; rows are sorted."""
+        starts = self.source.starts if isinstance(self.source, Joined) else [0, len(self.source.names)]
+        return np.searchsorted(self.rows, starts)
+
     def path(self, position: int) -> str:
         return self.source.path(int(self.rows[position]))
 
@@ -48,8 +54,13 @@ class Images:
 
 @dataclass
 class Dataset:
-    """What `open_images` found; `str(survey)` is its summary in three lines."""
+    """What `open_images` found; `str(survey)` is its summary in three lines.
 
+    pool: the training images before a fraction or a budget was taken of them, what every fraction is measured by
+    """
+
+    roots: list[str]
+    pool: Images
     train: Images
     val: Images
     classes: list[str] | None
@@ -74,6 +85,8 @@ def open_images(
     channels: of every image; None takes it from the data.
     fraction: share of the training images to use; smaller shares are subsets of larger ones of the same seed.
     budget: number of labelled training images to use, balanced over the classes, nested like `fraction`.
+
+    Validation images, channels and whatever else is read off the data are the same for every fraction and budget.
     """
     roots = [root] if isinstance(root, str) else list(root)
     split = [_split(one) for one in roots]
@@ -87,12 +100,13 @@ def open_images(
     classes = read_classes(source) if labels else None
     train_labels = read_labels(source, classes)[rows] if labels else None
     val_labels = read_labels(val_source, classes)[val_rows] if labels else None
-    if fraction != 1 or budget is not None:
-        chosen = choose([source.names[row] for row in rows], train_labels, fraction, budget, seed)
-        rows, train_labels = rows[chosen], train_labels[chosen] if labels else None
     survey = make_survey(source, rows, len(val_rows), not val_roots, ", ".join(roots), channels, seed)
-    train = Images(source, rows, survey.channels, train_labels)
-    return Dataset(train, Images(val_source, val_rows, survey.channels, val_labels), classes, survey)
+    pool = train = Images(source, rows, survey.channels, train_labels)
+    if fraction != 1 or budget is not None:
+        train = pool.take(choose(source.names, rows, train_labels, fraction, budget, seed))
+        survey.train = len(train)
+    val_images = Images(val_source, val_rows, survey.channels, val_labels)
+    return Dataset(roots, pool, train, val_images, classes, survey)
 
 
 def _split(root: str) -> tuple[str, str | None]:

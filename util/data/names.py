@@ -2,8 +2,6 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
     *(".jp2", ".ppm", ".pgm", ".pnm", ".tga"),
@@ -13,12 +11,14 @@ EXTENSIONS = (
 class Names:
     """Many strings in two arrays: tens of bytes each, and forked workers share them without copying."""
 
-    def __init__(self, names: Iterable[str]):
-        self.text, ends = bytearray(), array("q", [0])
+    def __init__(self, names: Iterable[str] = ()):
+        self.text, self.ends = bytearray(), array("q", [0])
         for name in names:
-            self.text += os.fsencode(name)
-            ends.append(len(self.text))
-        self.ends = np.frombuffer(ends, np.int64)
+            self.append(name)
+
+    def append(self, name: str) -> None:
+        self.text += os.fsencode(name)
+        self.ends.append(len(self.text))
 
     def __len__(self) -> int:
         return len(self.ends) - 1

@@ -35,7 +35,7 @@ def scan_shards(shards: list[str], labels: bool) -> Shards:
     """Read the headers of tar files in webdataset's convention: members that differ by extension are one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    names, places, tags = [], array("q"), []
+    names, places, tags = Names(), array("q"), Names()
     for number, shard in enumerate(shards):
         if not os.path.exists(shard):
             raise UserError(f"the shard {shard} does not exist")
@@ -59,7 +59,7 @@ def scan_shards(shards: list[str], labels: bool) -> Shards:
             tags.append(labelled.get(key, ""))
     if not names:
         raise UserError(f"0 images in {len(shards)} tar files such as {shards[0]} (looked for {' '.join(EXTENSIONS)})")
-    return Shards(shards, Names(names), np.array(places).reshape(-1, 3), Names(tags) if any(tags) else None)
+    return Shards(shards, names, np.array(places).reshape(-1, 3), tags if tags.text else None)
 
 
 def _tag(extension: str, data: bytes) -> str:

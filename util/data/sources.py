@@ -95,21 +95,21 @@ def _only_images(names: Iterable[str], others: Counter) -> Iterator[str]:
 
 def read_list(path: Path) -> Files:
     """A text list of `path` or `path label` (space, tab or comma), paths relative to the list, `#` for comments."""
+    names, tags, unlabelled = Names(), Names(), None
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        with open(path) as file:
+            for line in map(str.strip, file):
+                if not line or line.startswith("#"):
+                    continue
+                labelled = None if line.lower().endswith(EXTENSIONS) else re.fullmatch(r"(.+?)[\s,]+([^\s,]+)", line)
+                names.append(labelled[1] if labelled else line)
+                tags.append(labelled[2] if labelled else "")
+                unlabelled = unlabelled or (None if labelled else line)
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither a folder, a .tar, nor a text list of images") from None
-    names, tags = [], []
-    for line in lines:
-        if not line or line.startswith("#"):
-            continue
-        labelled = None if line.lower().endswith(EXTENSIONS) else re.fullmatch(r"(.+?)[\s,]+([^\s,]+)", line)
-        names.append(labelled[1] if labelled else line)
-        tags.append(labelled[2] if labelled else "")
     if not names:
         raise UserError(f"0 images in the list {path}: it needs a line `path` or `path label` for each image")
-    if any(tags) and not all(tags):
-        raise UserError(
-            f"{path} labels {sum(map(bool, tags)):,} of {len(tags):,} images, for instance not {names[tags.index('')]}"
-        )
-    return Files(path.parent, Names(names), Names(tags))
+    if tags.text and unlabelled:
+        count = sum(map(bool, tags))
+        raise UserError(f"{path} labels {count:,} of {len(tags):,} images, for instance not {unlabelled}")
+    return Files(path.parent, names, tags)

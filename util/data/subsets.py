@@ -39,10 +39,12 @@ def read_labels(source: Source | Pixels, classes: list[str]) -> np.ndarray:
     if isinstance(source, Pixels):
         return source.labels
     places = {name: place for place, name in enumerate(classes)}
-    tags = [source.tag(i) for i in range(len(source.names))]
+    everything = range(len(source.names))
+    found = np.fromiter((places.get(source.tag(i), -1) for i in everything), np.int64, len(everything))
+    if (found >= 0).all():
+        return found
+    tags = [source.tag(i) for i in everything]
     unknown = sorted({str(tag) for tag in tags} - places.keys())
-    if not unknown:
-        return np.array([places[tag] for tag in tags])
     if all(str(tag).isdecimal() and int(tag) < len(classes) for tag in tags):
         return np.array([int(tag) for tag in tags])
     lone = next(i for i, tag in enumerate(tags) if str(tag) == unknown[0])
@@ -52,15 +54,17 @@ def read_labels(source: Source | Pixels, classes: list[str]) -> np.ndarray:
     )
 
 
-def choose(names: list[str], labels: np.ndarray | None, fraction: float, budget: int | None, seed: int) -> np.ndarray:
-    """Positions of the images to use, sorted: a share of them, and of those so many labels, even over the classes.
+def choose(
+    names: Names, rows: np.ndarray, labels: np.ndarray | None, fraction: float, budget: int | None, seed: int
+) -> np.ndarray:
+    """Positions in `rows` of the images to use, sorted: a share, and of those so many labels, even over the classes.
 
     A smaller choice of the same seed is a subset of a larger one, whatever the order of the names.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction is {fraction}: it must be above 0 and at most 1")
-    shuffled = np.argsort(hash_names(names, f"subset {seed}"), kind="stable")
-    shuffled = shuffled[: max(1, round(fraction * len(names)))]
+    shuffled = np.argsort(hash_names((names[row] for row in rows), f"subset {seed}"), kind="stable")
+    shuffled = shuffled[: max(1, round(fraction * len(rows)))]
     if budget is not None:
         there = 0 if labels is None else len(shuffled)
         if not 0 < budget <= there:

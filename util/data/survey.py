@@ -16,9 +16,13 @@ THREADS = 8
 
 @dataclass
 class Survey:
-    """What a data set looks like, from the headers of a sample; sizes are (width, height) in pixels."""
+    """What a data set looks like, from the headers of a sample; sizes are (width, height) in pixels.
+
+    train: images to train on, of `there` training images; the sample is of these, whatever part of them is used
+    """
 
     root: str
+    there: int
     train: int
     val: int
     held_out: bool
@@ -31,7 +35,8 @@ class Survey:
 
     def __str__(self) -> str:
         split = " (held out by a hash of the path)" if self.held_out else ""
-        sample = "all looked at" if self.looked_at == self.train else f"{self.looked_at:,} looked at"
+        part = "" if self.train == self.there else f" (of {self.there:,})"
+        sample = "all looked at" if self.looked_at == self.there else f"{self.looked_at:,} looked at"
         bad = f", {self.unreadable:,} unreadable" if self.unreadable else ""
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common(5))
         by_area = sorted(self.sizes, key=lambda size: size[0] * size[1])
@@ -39,7 +44,7 @@ class Survey:
         common, count = Counter(self.sizes).most_common(1)[0]
         often = f"{100 * count / len(self.sizes):.0f} % are {common[0]} x {common[1]}"
         return (
-            f"images    {self.train:,} to train on, {self.val:,} to validate{split}, from {self.root}\n"
+            f"images    {self.train:,} to train on{part}, {self.val:,} to validate{split}, from {self.root}\n"
             f"formats   {kinds} ({sample}{bad}); {self.channels} channel{'s' * (self.channels > 1)}, {self.bits}-bit\n"
             f"sizes     {low} at least, {middle} median, {high} at most (width x height); {often}"
         )
@@ -52,7 +57,7 @@ def make_survey(
     if isinstance(source, Pixels):
         bands, height, width = source.pixels.shape[1:]
         kinds, sizes = Counter({"idx uint8": len(rows)}), [(width, height)]
-        return Survey(root, len(rows), val, held_out, len(rows), 0, kinds, sizes, channels or bands, 8)
+        return Survey(root, len(rows), len(rows), val, held_out, len(rows), 0, kinds, sizes, channels or bands, 8)
 
     def look(row: int) -> Header | Exception:
         try:
@@ -72,6 +77,7 @@ def make_survey(
     bands = Counter(header.channels for header in headers)
     return Survey(
         root=root,
+        there=len(rows),
         train=len(rows),
         val=val,
         held_out=held_out,

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from util.data.crops import Size, check_interpolation, crop_resize, draw_boxes
+from util.data.crops import check_interpolation, crop_resize, draw_boxes
 from util.data.dice import Dice
 from util.errors import UserError
+from util.times import Size
 
 
 class Transform(Protocol):
