@@ -9,7 +9,7 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, mae, mixmim, simmim
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -33,6 +33,7 @@ OTHERS = {
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 2, 2)},
     "convnext_atto": STAGES,
     "vit_base_patch16_224": PLAIN,
+    "mixmim_base": WINDOWS,
 }
 
 
@@ -130,10 +131,13 @@ def test_an_image_is_encoded_as_if_hidden_cells_were_cut_off():
 
 
 def built(method, in_chans=3, **args):
-    """A small method: SimMIM on a pyramid, the others on a plain transformer."""
+    """A small method: SimMIM and MixMIM on a pyramid, the others on a plain transformer."""
     torch.manual_seed(0)
     if method is simmim:
         return simmim(build_encoder("swin_tiny_patch4_window7_224", in_chans, **WINDOWS | {"embed_dim": 32}), **args)
+    if method is mixmim:
+        encoder = build_encoder("mixmim_base", in_chans, **WINDOWS | {"embed_dim": 32})
+        return mixmim(encoder, depth=1, width=32, heads=2, **args)
     encoder = build_encoder("vit_base_patch16_224", in_chans, position="sincos", init="xavier", **PLAIN)
     return method(encoder, unit=16, depth=1, width=32, heads=2, **args)
 
@@ -148,7 +152,7 @@ def test_every_method_learns_sixteen_images(method, target):
     torch.manual_seed(0)
     rough = torch.randn(16, 3, 4, 4)  # images with something to see at every scale
     images = torch.nn.functional.interpolate(rough, scale_factor=16, mode="bicubic") + 0.05 * torch.randn(16, 3, 64, 64)
-    optimizer = torch.optim.AdamW(mim.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(mim.parameters(), lr=5e-3)
     losses = []
     for _ in range(20):
         torch.manual_seed(1)  # the same masks
@@ -193,6 +197,7 @@ def test_wrong_combinations_say_what_to_use():
         (lambda: mae(swin), r"Skip needs .*plain ViT, ConvNeXt.*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: mae(overlapping), r"Skip needs .*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: simmim(overlapping), r"overlap.*Paint \(fastmim\)"),
+        (lambda: mixmim(vit), r"Mix needs .*\(mixmim_base.*ViT does not: hide with Skip"),
         (lambda: mae(vit, unit=12), "12 px.*8 px"),
         (lambda: simmim(swin, unit=6), "6 px"),
         (lambda: simmim(swin, cell=24), "24 px.*(8|16) px would"),

@@ -142,7 +142,7 @@ class Pretrain:
 
     Args:
         encoder: any plain or hierarchical backbone of timm, and its arguments
-        method: mae, simmim or fastmim, and its arguments
+        method: mae, simmim, fastmim or mixmim, and its arguments
     """
 
     encoder: Part

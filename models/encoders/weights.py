@@ -29,7 +29,8 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
-                   "convnextv2:" and the path of a checkpoint of that repository, whose sizes are read off its tensors
+                   "convnextv2:", "mixmim:" and the path of a checkpoint of that repository, whose sizes are read off
+                   its tensors
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
     changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;

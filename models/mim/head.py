@@ -84,6 +84,22 @@ class Decoder(nn.Module):
         return self.cells(x.unflatten(1, (h, w)))
 
 
+class Unmix(nn.Module):
+    """Decode both images of each mixture and give every image all its cells back (MixMIM).
+
+    head: guesses hidden cells from visible ones, and, with the mask inverted, visible ones from hidden ones
+    """
+
+    def __init__(self, head: Head, target: Target):
+        super().__init__()
+        self.head, self.unit = head, target.unit
+
+    def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
+        own = self.head(features, mask)  # image i, where it is hidden
+        partner = self.head(features, ~mask).flip(0)  # image i again, from the mixture that holds the rest of it
+        return torch.where(mask.at(self.unit)[..., None], own, partner)
+
+
 def norm_eps(encoder: Encoder) -> float:
     """The epsilon of an encoder's layer norms, which its published decoders share (1e-6 in ViTs, 1e-5 in Swins)."""
     return next((part.eps for part in encoder.modules() if isinstance(part, nn.LayerNorm)), 1e-6)

@@ -24,6 +24,10 @@ HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
+    "mixmim": (
+        (r"^mask_token$", "head.head.fill.token"),
+        *((old, new.replace("head.", "head.head.")) for old, new in TRANSFORMER),
+    ),
 }
 
 
@@ -41,7 +45,7 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 
 
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
+ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)", "mixmim": "(p y q x c)"}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
@@ -59,7 +63,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
         elif new is not None and new not in own:
             unread.append(key)
         elif new is not None:
-            value = in_our_order(mim, kind, value) if new.startswith("head.cells.") else value
+            value = in_our_order(mim, kind, new, value) if ".cells.linear." in new else value
             if value.numel() != own[new].numel():
                 misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")
             else:
@@ -73,9 +77,10 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     return line
 
 
-def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
+def in_our_order(mim: MIM, kind: str, key: str, value: Tensor) -> Tensor:
     """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
-    split, target, channels = mim.head.cells.split, mim.target, mim.encoder.in_chans
+    cells = mim.get_submodule(key.partition(".linear.")[0])
+    split, target, channels = cells.split, mim.target, mim.encoder.in_chans
     if len(value) != split**2 * target.dim:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
 from models.encoders.released.convnext import convnext, describe_convnext
+from models.encoders.released.mixmim import describe_mixmim, mixmim
 from models.encoders.released.swin import describe_swin, swin
 from models.encoders.released.vit import describe_vit, vit
 
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[[State], tuple[Rename, Describe]]] = {
     "simmim": lambda state: SWIN if holds_stages(state) else SIMMIM_VIT,
     "fastmim": lambda state: SWIN if holds_stages(state) else VIT,
     "convnextv2": lambda state: (convnext, describe_convnext),
+    "mixmim": lambda state: (mixmim, describe_mixmim),
 }
 
 
