@@ -180,7 +180,7 @@ def test_masks_are_shared_and_their_inverse_is_official():
     mim = mixmim(build_encoder("mixmim_base", **SIZES | {"img_size": 224}), depth=1, width=16, heads=2)
     mask = mim.masker(torch.zeros(5, 3, 224, 224))
     assert (mask.count, (~mask).count) == (25, 24) and torch.equal(mask.cells, mask.cells[:1].expand(5, -1, -1))
-    assert mim.average is over_all and mim.hide.pairs
+    assert mim.average is over_all and mim.pairs
 
 
 # health and pictures

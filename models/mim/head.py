@@ -85,18 +85,15 @@ class Decoder(nn.Module):
 
 
 class Unmix(nn.Module):
-    """Decode both images of each mixture and give every image all its cells back (MixMIM).
-
-    head: guesses hidden cells from visible ones, and, with the mask inverted, visible ones from hidden ones
-    """
+    """Let a head guess both images of each mixture, and give every image all its cells back (MixMIM)."""
 
     def __init__(self, head: Head, target: Target):
         super().__init__()
         self.head, self.unit = head, target.unit
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
-        own = self.head(features, mask)  # image i, where it is hidden
-        partner = self.head(features, ~mask).flip(0)  # image i again, from the mixture that holds the rest of it
+        own = self.head(features, mask)  # the hidden cells of image i, from its visible ones
+        partner = self.head(features, ~mask).flip(0)  # the reverse, from the mixture that holds its hidden ones
         return torch.where(mask.at(self.unit)[..., None], own, partner)
 
 

@@ -16,21 +16,15 @@ from models.encoders.layers import Fill
 
 @runtime_checkable
 class Hide(Protocol):
-    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells.
-
-    pairs: every cell is hidden once: two images share a mask, each is encoded by its visible and by its hidden cells
-    """
+    """(B, C, H, W) images and a mask -> what the encoder makes of the visible cells."""
 
     encoder: Encoder
-    pairs: bool
 
     def __call__(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features: ...
 
 
 class Skip(nn.Module):
     """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE)."""
-
-    pairs = False
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -49,8 +43,6 @@ class Skip(nn.Module):
 class Replace(nn.Module):
     """Put a learned token in place of each hidden patch (SimMIM, BEiT, EVA, MaskFeat)."""
 
-    pairs = False
-
     def __init__(self, encoder: Encoder):
         super().__init__()
         if encoder.overlaps:
@@ -67,8 +59,6 @@ class Replace(nn.Module):
 class Paint(nn.Module):
     """Paint hidden pixels in one learned colour, which any encoder takes (FastMIM)."""
 
-    pairs = False
-
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder, self.fill = encoder, Fill(encoder.in_chans)
@@ -81,8 +71,8 @@ class Paint(nn.Module):
 class Mix(nn.Module):
     """Put another image's patches in place of the hidden ones, the two kept apart; one mask for all (MixMIM).
 
-    Image i is paired with image B - 1 - i. Since the two sides never see each other, a pairing changes nothing but
-    where things lie: when evaluating, an odd batch's middle image is its own partner, and nothing leaks.
+    Image i is paired with image B - 1 - i. The two sides never see each other, so nothing leaks where the middle image
+    of an odd batch is its own partner, as happens when evaluating.
     """
 
     pairs = True
@@ -90,17 +80,13 @@ class Mix(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         if not encoder.mixes:
-            raise ValueError(
-                f"Mix needs an encoder that keeps the two sides of a mask apart (mixmim_base, ...); "
-                f"{type(encoder).__name__} does not: hide with Skip (mae), Replace (simmim) or Paint (fastmim) instead"
-            )
+            kind = type(encoder).__name__
+            raise ValueError(f"Mix needs an encoder that keeps two images apart, as mixmim_base does; {kind} does not")
         self.encoder = encoder
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         if self.training and len(images) % 2:
-            raise ValueError(
-                f"mixing pairs the images of a batch: an even batch per device is needed, not {len(images)}"
-            )
+            raise ValueError(f"Mix pairs the images of a batch: an even batch per device is needed, not {len(images)}")
         tokens = self.encoder.embed(images)
         mixed = torch.where(mask.at(self.encoder.patch)[..., None], tokens.flip(0), tokens)
         return self.encoder.encode(mixed, mask)

@@ -65,10 +65,7 @@ def mixmim(
     width: int = 512,
     heads: int = 16,
 ) -> MIM:
-    """MixMIM (Liu et al., 2023): hidden patches are another image's, and both images of a mixture are guessed.
-
-    At a ratio of 0.5, 25 of 49 cells are hidden and 24 are not, officially the reverse: the same pairs of masks.
-    """
+    """MixMIM (Liu et al., 2023): hidden patches are another image's, and both images of a mixture are guessed."""
     truth = build_target(target, cell or encoder.strides[-1], encoder)
     head = Unmix(Decoder(encoder, truth, depth, width, heads), truth)
     return MIM(RandomMasker(unit, ratio, shared=True), Mix(encoder), head, truth, l2, over_all)

@@ -24,10 +24,7 @@ HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
-    "mixmim": (
-        (r"^mask_token$", "head.head.fill.token"),
-        *((old, new.replace("head.", "head.head.")) for old, new in TRANSFORMER),
-    ),
+    "mixmim": ((r"^mask_token$", "head.head.fill.token"), *((old, f"head.{new}") for old, new in TRANSFORMER)),
 }
 
 

@@ -111,7 +111,7 @@ def trivial_losses(mim: MIM, images: Tensor) -> list[Tensor]:
         return [images.new_tensor(math.nan)] * len(TRIVIAL)
     cells = mask.at(mim.target.unit)
     guesses = trivial_guesses(mim.target, images, truth, mask)
-    if mim.hide.pairs:
+    if mim.pairs:
         rest = trivial_guesses(mim.target, images, truth, ~mask)
         guesses = [torch.where(cells[..., None], own, other) for own, other in zip(guesses, rest)]
     return [mim.average(mim.distance(guess, truth), cells) for guess in guesses]

@@ -74,7 +74,7 @@ def caption(mim: MIM, black: float, white: float) -> str:
     told = [legend(mim.target)]
     if mim.average is over_hidden:
         told.append("Only hidden cells were asked for: a prediction means nothing at visible ones.")
-    if mim.hide.pairs:
+    if mim.pairs:
         told.append("Each cell was hidden once: those shown as visible were guessed from the others alone.")
     if (black, white) != (0, 1):
         told.append(f"Brightness is stretched: black is {black:.3g}, white {white:.3g} of the full range.")
