@@ -45,7 +45,11 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         return build("method", config.method, METHODS, encoder)
 
     with torch.device("meta"):
-        method(data.in_chans or 3)  # so that a wrong name or argument is told before all images are looked at
+        mim = method(data.in_chans or 3)  # so that a wrong name or argument is told before all images are looked at
+    dist.init(run.device)
+    per_device = run.per_device or data.batch // dist.world()
+    if mim.pairs and per_device % 2:
+        raise UserError(f"{config.method.name} pairs the images of a batch: run.per_device {per_device} has to be even")
     device, log = start.begin(run, plain)
     try:
         found = start.find_data(data, run.seed, True, None, log)

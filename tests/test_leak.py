@@ -9,7 +9,7 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, mae, mixmim, simmim
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -45,6 +45,7 @@ OTHERS = {
     "resnet50": RESIDUAL,
     "vit_base_patch16_224": PLAIN,
     "hiera_tiny_224": UNITS,
+    "mixmim_base": WINDOWS,
 }
 
 
@@ -157,6 +158,7 @@ BUILT = {  # a small encoder for each method, and arguments that make the method
         UNITS | {"stages": (1, 1, 1, 1), "q_pool": 2, "init": "xavier"},
         TRANSFORMER | {"unit": 32},
     ),
+    "mixmim": ("mixmim_base", WINDOWS | {"embed_dim": 32}, TRANSFORMER | {"unit": 32}),
     "fcmae": ("convnextv2_atto", STAGES, {"width": 32}),
     "spark": ("resnet50", RESIDUAL, {"width": 64}),
 }
@@ -178,7 +180,7 @@ def test_every_method_learns_sixteen_images(method, target):
     torch.manual_seed(0)
     rough = torch.randn(16, 3, 4, 4)  # images with something to see at every scale
     images = torch.nn.functional.interpolate(rough, scale_factor=16, mode="bicubic") + 0.05 * torch.randn(16, 3, 64, 64)
-    optimizer = torch.optim.AdamW(mim.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(mim.parameters(), lr=5e-3)
     losses = []
     for _ in range(20):
         torch.manual_seed(1)  # the same masks
@@ -223,6 +225,7 @@ def test_wrong_combinations_say_what_to_use():
         (lambda: mae(swin), r"Skip needs .*plain ViT, ConvNeXt.*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: mae(overlapping), r"Skip needs .*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: simmim(overlapping), r"overlap.*Paint \(fastmim\)"),
+        (lambda: mixmim(vit), r"Mix needs .*mixmim_base.*ViT does not"),
         (lambda: mae(vit, unit=12), "12 px.*8 px"),
         (lambda: simmim(swin, unit=6), "6 px"),
         (lambda: simmim(swin, cell=24), "24 px.*(8|16) px would"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.encoders.build import build_encoder
-from models.mim.recipes import fcmae, mae, simmim
+from models.mim.recipes import fcmae, mae, mixmim, simmim
 from models.transfer.classify import Classify
 from util.optim import Schedule, build_optimizer
 
@@ -83,11 +83,11 @@ def narrow_vit(name, names, **args):
     return build_encoder(name, embed_dim=24, num_heads=3, depth=depth, **args)
 
 
-def narrow_swin(names, prefix=""):
+def narrow_swin(names, prefix="", name="swin_tiny_patch4_window7_224"):
     stages = range(count(names, rf"{prefix}layers\.(\d+)\."))
     depths = tuple(count(names, rf"{prefix}layers\.{stage}\.blocks\.(\d+)\.") for stage in stages)
     heads = tuple(2**stage for stage in stages)
-    return build_encoder("swin_tiny_patch4_window7_224", embed_dim=8, depths=depths, num_heads=heads)
+    return build_encoder(name, embed_dim=8, depths=depths, num_heads=heads)
 
 
 def narrow_convnext(names, group, prefix=""):
@@ -131,6 +131,11 @@ SIMMIM = [
     *SWIN,
     (r"^hide\.fill\.token", "encoder.mask_token"),
     (r"^(patch_embed|layers|norm)", r"encoder.\1"),
+]
+MIXMIM = [
+    (r"^hide\.encoder\.", ""),
+    *((pattern.replace("head", r"head\.head"), name) for pattern, name in MAE[1:]),
+    *SWIN,
 ]
 
 FCMAE = [
@@ -190,6 +195,16 @@ CASES = {
         ),
         (),
         FCMAE,
+    ),
+    "mixmim_pretrain": (
+        lambda names: mixmim(
+            narrow_swin(names, name="mixmim_base"),
+            depth=count(names, r"decoder_blocks\.(\d+)\."),
+            width=16,
+            heads=2,
+        ),
+        (),
+        MIXMIM,
     ),
     "simmim_swin_pretrain": (lambda names: simmim(narrow_swin(names, r"encoder\.")), ("hide.fill.token",), SIMMIM),
 }

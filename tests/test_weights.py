@@ -55,6 +55,7 @@ def exported(folder, name, in_chans=3, **args):
         ("beit_base_patch16_224", VIT),
         ("swin_tiny_patch4_window7_224", SWIN),
         ("convnextv2_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
+        ("mixmim_base", SWIN | {"window_size": (4, 2)}),
         ("regnety_002", {}),  # has batch norms' running statistics
     ],
 )
@@ -94,6 +95,7 @@ def test_sincos_positions_stay_exact_on_another_grid(tmp_path):
 
 
 @pytest.mark.parametrize("name, args, change", [("swin_tiny_patch4_window7_224", SWIN, {"window_size": 8}),
+                                                ("mixmim_base", SWIN, {"window_size": 8}),
                                                 ("beit_base_patch16_224", VIT, {"img_size": 28})])  # fmt: skip
 def test_tables_of_relative_positions_take_another_window(name, args, change, tmp_path):
     encoder, lines = exported(tmp_path, name, **args), []
@@ -139,7 +141,7 @@ def test_every_key_of_a_released_model_is_read_or_known(name):
         encoder = build_encoder(encoder_name, **args)
     own = {key: value.numel() for key, value in encoder.state_dict().items()}
     assert {rename(key): value.numel() for key, value in state.items() if rename(key)} == own
-    known = ("decoder", "mask_token", "proj.", "pred.", "fc_norm", "head", "norm.", *DERIVED)
+    known = ("decoder", "mask_token", "proj.", "pred.", "absolute_pos_embed", "fc_norm", "head", "norm.", *DERIVED)
     assert all(any(word in key for word in known) for key in state if rename(key) is None)
 
 

@@ -1,10 +1,11 @@
-"""An encoder by its name in timm."""
+"""An encoder by its name: timm's, or one of ours that timm has not."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Sequence
+from functools import partial
 
 import timm
 from timm.models import model_entrypoint
@@ -12,35 +13,42 @@ from timm.models import model_entrypoint
 from models.encoders.convnext import ConvNeXt
 from models.encoders.encoder import Encoder
 from models.encoders.hiera import Hiera
+from models.encoders.mixswin import MixSwin
 from models.encoders.pyramid import Pyramid
 from models.encoders.resnet import ResNet
 from models.encoders.vit import ViT
 
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
 SPARSE = {"convnext": ConvNeXt, "resnet": ResNet, "hiera": Hiera}
+OWN = {  # what timm has not: the class, and the sizes that a name stands for
+    "mixmim_base": (MixSwin, {"embed_dim": 128, "num_heads": (4, 8, 16, 32)}),
+    "mixmim_large": (MixSwin, {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}),
+    "mixmim_huge": (MixSwin, {"embed_dim": 352, "num_heads": (11, 22, 44, 88)}),
+}
 
 
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
-    """Any plain or hierarchical backbone of timm as an Encoder, without pretrained weights.
+    """Any plain or hierarchical backbone of timm, or one of OWN, as an Encoder without pretrained weights.
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
-    args:     those of ViT, Pyramid, ConvNeXt, ResNet or Hiera, or timm's
+    args:     those of the class that serves the name, or timm's
 
     ValueError for an unknown name or argument, naming the nearest one.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    if name not in OWN and not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*OWN, *timm.list_models()], n=3, cutoff=0.5)
         raise ValueError(f'no encoder is called "{name}"; the nearest are {", ".join(near) or "in timm.list_models()"}')
-    family = encoder_class(name)
+    family, sizes = OWN[name] if name in OWN else (encoder_class(name), {"name": name})
+    make = partial(family, in_chans=in_chans, **sizes)
     sized = {} if img_size is None else {"img_size": img_size}
     try:
         try:
-            encoder = family(name, in_chans, **sized, **args)
+            encoder = make(**sized, **args)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            encoder = family(name, in_chans, **args)  # this family asks for no size
+            encoder = make(**args)  # this family asks for no size
     except TypeError as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown not in args:

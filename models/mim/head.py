@@ -113,6 +113,19 @@ class FuseDecoder(Decoder):
         return resample(self.table, self.grid, h, w)
 
 
+class Unmix(nn.Module):
+    """Let a head guess both images of each mixture, and give every image all its cells back (MixMIM)."""
+
+    def __init__(self, head: Head, target: Target):
+        super().__init__()
+        self.head, self.unit = head, target.unit
+
+    def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
+        own = self.head(features, mask)  # the hidden cells of image i, from its visible ones
+        partner = self.head(features, ~mask).flip(0)  # the reverse, from the mixture that holds its hidden ones
+        return torch.where(mask.at(self.unit)[..., None], own, partner)
+
+
 def norm_eps(encoder: Encoder) -> float:
     """The epsilon of an encoder's layer norms, which its published decoders share (1e-6 in ViTs, 1e-5 in Swins)."""
     return next((part.eps for part in encoder.modules() if isinstance(part, nn.LayerNorm)), 1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -66,3 +67,27 @@ class Paint(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))
         return self.encoder(rearrange(painted, "b h w c -> b c h w"))
+
+
+class Mix(nn.Module):
+    """Put another image's patches in place of the hidden ones, the two kept apart; one mask for all (MixMIM).
+
+    Image i is paired with image B - 1 - i. The two sides never see each other, so nothing leaks where the middle image
+    of an odd batch is its own partner, as happens when evaluating.
+    """
+
+    pairs = True
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        if not encoder.mixes:
+            kind = type(encoder).__name__
+            raise ValueError(f"Mix needs an encoder that keeps two images apart, as mixmim_base does; {kind} does not")
+        self.encoder, self.unit = encoder, encoder.mask_unit
+
+    def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
+        if self.training and len(images) % 2:
+            raise ValueError(f"Mix pairs the images of a batch: an even batch per device is needed, not {len(images)}")
+        tokens = self.encoder.embed(images)
+        mixed = torch.where(mask.at(self.encoder.patch)[..., None], tokens.flip(0), tokens)
+        return self.encoder.encode(mixed, mask)

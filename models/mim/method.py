@@ -37,6 +37,7 @@ class MIM(nn.Module):
         super().__init__()
         self.masker, self.hide, self.head, self.target = masker, hide, head, target
         self.distance, self.average = distance, average
+        self.pairs = getattr(hide, "pairs", False)  # two images share a mask, and each cell is hidden in one of them
         check_units(masker.unit, target.unit, hide)
 
     @property

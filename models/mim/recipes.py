@@ -4,102 +4,72 @@ from __future__ import annotations
 
 from models.encoders.encoder import Encoder
 from models.mim.conv_head import ConvDecoder, UNetDecoder
-from models.mim.head import Decoder, FuseDecoder, LinearHead
-from models.mim.hide import Paint, Replace, Skip
-from models.mim.loss import l1, l2
+from models.mim.head import Decoder, FuseDecoder, LinearHead, Unmix
+from models.mim.hide import Mix, Paint, Replace, Skip
+from models.mim.loss import l1, l2, over_all
 from models.mim.masker import RandomMasker
 from models.mim.method import MIM
 from models.mim.target import HOG, LocalPixels, Pixels, Target
 
+# fmt: off
 
-def mae(
-    encoder: Encoder,
-    ratio: float = 0.75,
-    unit: int | None = None,
-    target: str = "normalized",
-    cell: int | None = None,
-    depth: int = 8,
-    width: int = 512,
-    heads: int = 16,
-) -> MIM:
+
+def mae(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target: str = "normalized",
+        cell: int | None = None, depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
     """MAE (He et al., 2022): encode the visible patches alone, a transformer guesses the pixels of the rest."""
     unit = unit or encoder.strides[-1]
     truth = build_target(target, cell or encoder.strides[-1], encoder)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), Decoder(encoder, truth, depth, width, heads), truth, l2)
 
 
-def simmim(
-    encoder: Encoder,
-    ratio: float = 0.6,
-    unit: int = 32,
-    target: str = "pixels",
-    cell: int | None = None,
-) -> MIM:
+def simmim(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "pixels",
+           cell: int | None = None) -> MIM:
     """SimMIM (Xie et al., 2022): a token stands in for each hidden patch, one linear layer guesses its pixels."""
     truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
     return MIM(RandomMasker(unit, ratio), Replace(encoder), LinearHead(encoder, truth), truth, l1)
 
 
-def fastmim(
-    encoder: Encoder,
-    ratio: float = 0.75,
-    unit: int = 32,
-    target: str = "hog",
-    cell: int | None = None,
-    depth: int = 4,
-    width: int = 256,
-    heads: int = 8,
-) -> MIM:
+def fastmim(encoder: Encoder, ratio: float = 0.75, unit: int = 32, target: str = "hog", cell: int | None = None,
+            depth: int = 4, width: int = 256, heads: int = 8) -> MIM:
     """FastMIM (Guo et al., 2022): hidden pixels are painted over, a light transformer guesses HOG at low resolution."""
     truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
     head = Decoder(encoder, truth, depth, width, heads, fill=False, positions=False)
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
-def hiera(
-    encoder: Encoder,
-    ratio: float = 0.6,
-    unit: int = 32,
-    target: str = "normalized",
-    cell: int = 16,
-    depth: int = 8,
-    width: int = 512,
-    heads: int = 16,
-) -> MIM:
+def mixmim(encoder: Encoder, ratio: float = 0.5, unit: int = 32, target: str = "normalized", cell: int | None = None,
+           depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+    """MixMIM (Liu et al., 2023): hidden patches are another image's, and both images of a mixture are guessed."""
+    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    head = Unmix(Decoder(encoder, truth, depth, width, heads), truth)
+    return MIM(RandomMasker(unit, ratio, shared=True), Mix(encoder), head, truth, l2, over_all)
+
+
+def hiera(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int = 16,
+          depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
     """Hiera (Ryali et al., 2023): MAE of whole mask units, guessed from the maps of all scales."""
     truth = build_target(target, cell, encoder)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), FuseDecoder(encoder, truth, depth, width, heads), truth, l2)
 
 
-def fcmae(
-    encoder: Encoder,
-    ratio: float = 0.6,
-    unit: int = 32,
-    target: str = "normalized",
-    cell: int | None = None,
-    depth: int = 1,
-    width: int = 512,
-) -> MIM:
+def fcmae(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int | None = None,
+          depth: int = 1, width: int = 512) -> MIM:
     """FCMAE (Woo et al., 2023): convolutions encode the visible cells alone, one more block guesses the rest."""
     truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), ConvDecoder(encoder, truth, depth, width), truth, l2)
 
 
-def spark(
-    encoder: Encoder,
-    ratio: float = 0.59,
-    unit: int = 32,
-    target: str = "normalized",
-    cell: int | None = None,
-    width: int = 768,
-) -> MIM:
+def spark(encoder: Encoder, ratio: float = 0.59, unit: int = 32, target: str = "normalized", cell: int | None = None,
+          width: int = 768) -> MIM:
     """SparK (Tian et al., 2023): as FCMAE, with a U-Net over all scales; its rounding of 0.6 is 0.59 here, 29 of 49."""
     truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), UNetDecoder(encoder, truth, width), truth, l2)
 
 
+# fmt: on
+
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim, hiera, fcmae, spark)}
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim, mixmim, hiera, fcmae, spark)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:

@@ -38,6 +38,7 @@ HEADS = {  # what lies beside the encoder: official key, ours
         (r"^pred\.", "head.cells.linear."),
         (r"^decoder\.(\d+\..*)", lambda found: f"head.blocks.{substitute(BLOCK, found[1])}"),
     ),
+    "mixmim": ((r"^mask_token$", "head.head.fill.token"), *((old, f"head.{new}") for old, new in TRANSFORMER)),
 }
 
 
@@ -60,6 +61,7 @@ ORDER = {
     "mae": CELLS_FIRST,
     "fastmim": CELLS_FIRST,
     "simmim": CHANNELS_FIRST,
+    "mixmim": CELLS_FIRST,
     "hiera": CHANNELS_FIRST,
     "convnextv2": CELLS_FIRST,
 }
@@ -81,7 +83,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
             unread.append(key)
         elif new is not None:
             value = dense(key, value)
-            value = in_our_order(mim, kind, value) if new.startswith("head.cells.") else value
+            value = in_our_order(mim, kind, new, value) if ".cells.linear." in new else value
             if value.numel() != own[new].numel():
                 misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")
             else:
@@ -95,9 +97,10 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     return line
 
 
-def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
+def in_our_order(mim: MIM, kind: str, key: str, value: Tensor) -> Tensor:
     """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
-    split, target, channels = mim.head.cells.split, mim.target, mim.encoder.in_chans
+    cells = mim.get_submodule(key.partition(".linear.")[0])
+    split, target, channels = cells.split, mim.target, mim.encoder.in_chans
     if len(value) != split**2 * target.dim:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number

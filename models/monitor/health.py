@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.encoders.grid import Mask
 from models.mim.method import MIM
+from models.mim.target import Target
 from util import dist
 
 TRIVIAL = {"mean_fill": "mean fill", "bilinear_fill": "bilinear", "mean_cell": "mean cell"}
@@ -100,14 +102,25 @@ class Spectrum:
 
 
 def trivial_losses(mim: MIM, images: Tensor) -> list[Tensor]:
-    """The loss of each trivial guess, under the mask drawn next; NaN if the target gives class ids."""
+    """The loss of each trivial guess, under the mask drawn next; NaN if the target gives class ids.
+
+    Where images are encoded in pairs, visible cells are guessed from the hidden ones too.
+    """
     mask, truth = mim.masker(images), mim.target(images)
     if not truth.is_floating_point():
         return [images.new_tensor(math.nan)] * len(TRIVIAL)
-    hidden, hidden_cells = mask.at(1), mask.at(mim.target.unit)
-    fills = [mim.target(fill(images, hidden)) for fill in (mean_fill, bilinear_fill)]
-    guesses = [*fills, visible_mean(truth.movedim(-1, 1), hidden_cells).movedim(1, -1).expand_as(truth)]
-    return [mim.average(mim.distance(guess, truth), hidden_cells) for guess in guesses]
+    cells = mask.at(mim.target.unit)
+    guesses = trivial_guesses(mim.target, images, truth, mask)
+    if mim.pairs:
+        rest = trivial_guesses(mim.target, images, truth, ~mask)
+        guesses = [torch.where(cells[..., None], own, other) for own, other in zip(guesses, rest)]
+    return [mim.average(mim.distance(guess, truth), cells) for guess in guesses]
+
+
+def trivial_guesses(target: Target, images: Tensor, truth: Tensor, mask: Mask) -> list[Tensor]:
+    """What each trivial guess says of every cell, (B, h, w, D), in the order of TRIVIAL."""
+    fills = [target(fill(images, mask.at(1))) for fill in (mean_fill, bilinear_fill)]
+    return [*fills, visible_mean(truth.movedim(-1, 1), mask.at(target.unit)).movedim(1, -1).expand_as(truth)]
 
 
 def visible_mean(x: Tensor, hidden: Tensor) -> Tensor:

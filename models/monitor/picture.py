@@ -71,7 +71,11 @@ def tones(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
 
 def caption(mim: MIM, black: float, white: float) -> str:
     """What one must know to read the pictures of a method."""
-    asked = "Only hidden cells were asked for: a prediction means nothing at visible ones."
-    stretched = f"Brightness is stretched: black is {black:.3g}, white {white:.3g} of the full range."
-    told = (legend(mim.target), asked * (mim.average is over_hidden), stretched * ((black, white) != (0, 1)))
+    told = [legend(mim.target)]
+    if mim.average is over_hidden:
+        told.append("Only hidden cells were asked for: a prediction means nothing at visible ones.")
+    if mim.pairs:
+        told.append("Each cell was hidden once: those shown as visible were guessed from the others alone.")
+    if (black, white) != (0, 1):
+        told.append(f"Brightness is stretched: black is {black:.3g}, white {white:.3g} of the full range.")
     return " ".join(filter(None, told))

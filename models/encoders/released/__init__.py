@@ -8,6 +8,7 @@ from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
 from models.encoders.released.convnext import convnext, describe_convnext
 from models.encoders.released.hiera import describe_hiera, hiera
+from models.encoders.released.mixmim import describe_mixmim, mixmim
 from models.encoders.released.spark import (
     describe_spark_convnext,
     describe_spark_resnet,
@@ -32,6 +33,7 @@ SOURCES: dict[str, Callable[[State], tuple[Rename, Describe]]] = {
         if any(key.endswith("layer1.0.conv1.weight") for key in state)
         else (spark_convnext, describe_spark_convnext)
     ),
+    "mixmim": lambda state: (mixmim, describe_mixmim),
 }
 
 

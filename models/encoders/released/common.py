@@ -14,6 +14,7 @@ from models.encoders.layers import sincos
 State = dict[str, Tensor]
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers: computed, not learned
 OTHERS = ("decoder", "mask_token", "fc_norm.", "head.")  # what a checkpoint holds beside its encoder
+MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning at 384 px stretches its positions
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
@@ -45,10 +46,14 @@ def window_of(table: Tensor, extra: int = 0) -> int:
     return (math.isqrt(len(table) - extra) + 1) // 2
 
 
-def is_sincos(table: Tensor) -> bool:
-    """Whether (1, 1 + n, C) is MAE's fixed table of a square grid, with zeros for the class token."""
-    side, width = math.isqrt(table.shape[1] - 1), table.shape[2]
-    if width % 4 or side**2 != table.shape[1] - 1:
+def is_sincos(table: Tensor, side: int | None = None) -> bool:
+    """Whether (1, n or 1 + n, C) is MAE's fixed table of a square grid, with zeros for the class token if any.
+
+    side: of the grid that it was made for, if it was stretched since
+    """
+    across, width = math.isqrt(table.shape[1]), table.shape[2]
+    prefix = table.shape[1] - across**2
+    if width % 4 or prefix > 1:
         return False
-    fixed = sincos(side, side, width).flatten(0, 1)
-    return bool(not table[0, 0].any() and torch.allclose(table[0, 1:].float(), fixed, atol=1e-5))
+    fixed = sincos(across, across, width, side=side).flatten(0, 1)
+    return bool(not table[0, :prefix].any() and torch.allclose(table[0, prefix:].float(), fixed, atol=1e-5))

@@ -8,7 +8,7 @@ import torch
 from timm.models import beit
 from timm.models.swin_transformer import get_relative_position_index
 
-from models.encoders.released.common import State
+from models.encoders.released.common import MIXMIM_GRID, State, is_sincos
 
 
 def check_derived(state: State) -> None:
@@ -22,6 +22,8 @@ def check_derived(state: State) -> None:
             same = value.shape == ours.shape and torch.equal(value, ours)
         elif key.endswith("attn_mask"):
             same = torch.equal(value.float(), shifted_mask(math.isqrt(len(value)), math.isqrt(value.shape[1])))
+        elif key.endswith("absolute_pos_embed"):
+            same = is_sincos(value) or is_sincos(value, MIXMIM_GRID)
         else:
             continue
         if not same:
