@@ -12,6 +12,7 @@ from models.encoders.weights import load_encoder
 from models.mim.conv_head import ConvDecoder
 from models.mim.hide import Skip
 from models.mim.loss import l2
+from models.mim.masker import hide_top
 from models.mim.method import MIM
 from models.mim.target import Pixels
 from models.mim.weights import load_method_state
@@ -36,18 +37,17 @@ def fcmae(which, grn, normalize=True):
     return mim
 
 
-def test_masks_hide_as_many_cells():
-    n = EXPECTED["mask"].shape[1]
-    kept = int(n * (1 - FACTS["call"]["mask_ratio"]))
-    hidden = GIVEN["noise"].argsort(1).argsort(1) >= kept
-    check(FACTS, {"mask": hidden}, EXPECTED)
+def test_masks():
+    """Officially the cells of least noise are kept, so those of most are hidden."""
+    cells = hide_top(GIVEN["noise"].unflatten(1, SIDES), FACTS["call"]["mask_ratio"], UNIT).cells
+    check(FACTS, {"mask": cells.flatten(1)}, EXPECTED)
 
 
 def test_a_batch_whose_norms_are_shared():
     """As the official sparse GRN is, over all visible places of the batch."""
     every = slice(None)
     found, losses = {}, losses_with_gradients(FACTS)
-    assert losses
+    assert losses and set(losses) <= {"loss_norm_pix_false", "loss_norm_pix_true"}
     for normalize in (False, True):
         mim, name = fcmae(every, "batch", normalize), f"loss_norm_pix_{str(normalize).lower()}"
         found[name] = mim({"image": IMAGES})["loss"]
@@ -97,3 +97,13 @@ def test_the_encoder_alone_is_dense_with_the_remapped_weights(layout, tmp_path):
 def test_no_key_of_the_pretraining_is_the_encoders_by_mistake():
     rename, _ = released.source("convnextv2", STATE)
     assert all(key.startswith("encoder.") == (rename(key) is not None) for key in STATE)
+
+
+def test_a_missing_or_unread_key_fails():
+    mim, n = fcmae(slice(None), "image"), len(fcmae(slice(None), "image").state_dict())
+    for key in STATE:
+        with pytest.raises(ValueError, match=f"method {n - 1}/{n} tensors; missing 1"):
+            load_method_state(mim, "convnextv2", {k: v for k, v in STATE.items() if k != key})
+    for key in ("decoder.77.norm.bias", "encoder.stages.0.77.norm.ln.bias"):
+        with pytest.raises(ValueError, match=f"unread 1: {key}"):
+            load_method_state(mim, "convnextv2", STATE | {key: torch.zeros(1)})

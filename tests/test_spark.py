@@ -283,7 +283,7 @@ def test_targets_that_are_no_pixels_and_other_encoders():
         mim({"image": images})["loss"].backward()
         assert all(p.grad is not None for p in mim.parameters() if p.requires_grad)
     for changes, width, message in (({"patch_size": 12, "img_size": 48}, 32, "12 px and 32"), ({}, 8, "16 px and 8")):
-        with pytest.raises(ValueError, match=f"from cells of {message} channels does not lead to cells of 1 px"):
+        with pytest.raises(ValueError, match=f"cells of {message} channels cannot be halved down to cells of 1 px"):
             spark(build_encoder("vit_base_patch16_224", **vit | changes), unit=48, width=width)
 
 

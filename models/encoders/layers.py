@@ -83,3 +83,14 @@ def xavier(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight.data.flatten(1))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def truncated(module: nn.Module) -> None:
+    """Initialise as ConvNeXt does: narrow normal weights, biases 0; SparK's transposed convolutions keep variances."""
+    for part in module.modules():
+        if isinstance(part, nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+        if getattr(part, "bias", None) is not None:
+            nn.init.zeros_(part.bias)

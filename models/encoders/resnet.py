@@ -18,9 +18,8 @@ Grids = dict[int, tuple[Tensor, Tensor]]  # by a map's rows: what is visible, (B
 class ResNet(Pyramid):
     """A ResNet of timm (ResNeXt, SE-ResNet, ...) that honours a mask: the dense stand-in for sparse convolution.
 
-    Its batch norms then take their statistics from visible places alone, those of one device. `embed` is the first
-    convolution, whose patches overlap: tokens beside a hidden cell see its pixels unless they were hidden before (Skip
-    does), and `layers` are groups of up to four blocks (SparK's for layer-wise learning rates).
+    With a mask, norms take their statistics from visible places alone, those of one device. `embed` is the first
+    convolution, whose patches overlap: hide pixels before it, as Skip does. `layers` are SparK's groups of blocks.
     """
 
     skips = True
@@ -41,7 +40,7 @@ class ResNet(Pyramid):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
-        self.checkpointing = enable
+        self.checkpointing = enable  # running statistics then take in each batch twice
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is None:

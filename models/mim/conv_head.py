@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import Cells, Fill, norm_visible
+from models.encoders.layers import Cells, Fill, norm_visible, truncated
 from models.mim.target import Pixels, Target
 
 
@@ -23,7 +23,7 @@ class ConvDecoder(nn.Module):
         self.project, self.fill = nn.Linear(encoder.dims[-1], width), Fill(width)
         self.blocks = nn.Sequential(*(ConvNeXtBlock(width, use_grn=True, ls_init_value=None) for _ in range(depth)))
         self.cells = Cells(width, self.stride, target.unit, target.dim)
-        initialize(self)
+        truncated(self)
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
         x = self.fill(self.project(rearrange(features.maps[-1], "b c h w -> b h w c")), mask.at(self.stride))
@@ -43,9 +43,7 @@ class UNetDecoder(nn.Module):
         top, finest = encoder.strides[-1], 1 if isinstance(target, Pixels) else target.unit
         times = (top // finest).bit_length() - 1
         if finest << times != top or not width >> times:
-            raise ValueError(
-                f"doubling from cells of {top} px and {width} channels does not lead to cells of {finest} px"
-            )
+            raise ValueError(f"cells of {top} px and {width} channels cannot be halved down to cells of {finest} px")
         widths = {top >> i: width >> i for i in range(times + 1)}  # of each stride
         norm = nn.BatchNorm2d if any(isinstance(part, nn.BatchNorm2d) for part in encoder.modules()) else LayerNorm2d
         scales = {s: dim for s, dim in zip(encoder.strides, encoder.dims) if s in widths}
@@ -53,8 +51,8 @@ class UNetDecoder(nn.Module):
         self.dense = nn.ModuleDict({str(s): Densify(d, s, widths[s], norm, s == top) for s, d in scales.items()})
         self.doublings = nn.ModuleDict({str(s): doubling(widths[2 * s], w) for s, w in widths.items() if s < top})
         self.predict = nn.Conv2d(widths[finest], target.dim // self.split**2, 1)
-        initialize(self.doublings)
-        initialize(self.predict)
+        truncated(self.doublings)
+        truncated(self.predict)
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
         maps = {str(stride): x for stride, x in zip(self.strides, features.maps)}  # the last one of each scale
@@ -84,14 +82,3 @@ def doubling(wide: int, narrow: int) -> nn.Sequential:
     first, second = (nn.Conv2d(wide, width, 3, padding=1, bias=False) for width in (wide, narrow))
     norms = nn.BatchNorm2d(wide), nn.BatchNorm2d(narrow)
     return nn.Sequential(nn.ConvTranspose2d(wide, wide, 4, 2, 1), first, norms[0], nn.ReLU6(), second, norms[1])
-
-
-def initialize(module: nn.Module) -> None:
-    """As ConvNeXt does: narrow normal weights, biases 0; transposed convolutions are to keep variances (SparK)."""
-    for part in module.modules():
-        if isinstance(part, nn.ConvTranspose2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(part, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-        if getattr(part, "bias", None) is not None:
-            nn.init.zeros_(part.bias)

@@ -25,13 +25,13 @@ class Hide(Protocol):
 
 
 class Skip(nn.Module):
-    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, Hiera)."""
+    """Leave hidden cells out of the computation, pixels first: patches may overlap (MAE, FCMAE, SparK, Hiera)."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         if not encoder.skips:
             raise ValueError(
-                f"Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, Hiera); this "
+                "Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, ResNet, Hiera); this "
                 f"{type(encoder).__name__} computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
             )
         self.encoder, self.unit = encoder, encoder.mask_unit
