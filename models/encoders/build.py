@@ -1,4 +1,4 @@
-"""An encoder by its name in timm."""
+"""An encoder by its name: timm's, or one of those that timm lacks."""
 
 from __future__ import annotations
 
@@ -10,34 +10,42 @@ import timm
 from timm.models import model_entrypoint
 
 from models.encoders.convnext import ConvNeXt
+from models.encoders.cswin import CSWin
 from models.encoders.encoder import Encoder
+from models.encoders.mvit import MViT
 from models.encoders.pyramid import Pyramid
 from models.encoders.vit import ViT
 
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
+OWN: dict[str, tuple[type[Encoder], dict]] = {  # what timm lacks: class, sizes
+    "cswin_tiny": (CSWin, {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16)}),
+    "cswin_small": (CSWin, {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16)}),
+    "cswin_base": (CSWin, {"embed_dim": 96, "depths": (2, 4, 32, 2), "num_heads": (4, 8, 16, 32)}),
+    "cswin_large": (CSWin, {"embed_dim": 144, "depths": (2, 4, 32, 2), "num_heads": (6, 12, 24, 24)}),
+}
 
 
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
-    """Any plain or hierarchical backbone of timm as an Encoder, without pretrained weights.
+    """Any plain or hierarchical backbone of timm, or one of OWN, as an Encoder, without pretrained weights.
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
-    args:     those of ViT, Pyramid or ConvNeXt, or timm's
+    args:     those of its class, or timm's
 
     ValueError for an unknown name or argument, naming the nearest one.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    if name not in OWN and not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*OWN, *timm.list_models()], n=3, cutoff=0.5)
         raise ValueError(f'no encoder is called "{name}"; the nearest are {", ".join(near) or "in timm.list_models()"}')
-    family = encoder_class(name)
+    family, sizes = OWN.get(name) or (encoder_class(name), {"name": name})
     sized = {} if img_size is None else {"img_size": img_size}
     try:
         try:
-            encoder = family(name, in_chans, **sized, **args)
+            encoder = family(in_chans=in_chans, **sizes | sized | args)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            encoder = family(name, in_chans, **args)  # this family asks for no size
+            encoder = family(in_chans=in_chans, **sizes | args)  # this family asks for no size
     except TypeError as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown not in args:
@@ -48,9 +56,9 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
 
 def encoder_class(name: str) -> type[Encoder]:
-    """The Encoder that serves a timm name: ViT for plain transformers, ConvNeXt, or Pyramid for the rest."""
+    """The Encoder that serves a timm name: ViT for plain transformers, or Pyramid and its like for the rest."""
     module = model_entrypoint(name).__module__.rpartition(".")[2]
-    return ViT if module in PLAIN else ConvNeXt if module == "convnext" else Pyramid
+    return ViT if module in PLAIN else {"convnext": ConvNeXt, "mvitv2": MViT}.get(module, Pyramid)
 
 
 def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:

@@ -25,7 +25,7 @@ class ConvNeXt(Pyramid):
         self.skips = not self.overlaps
         if layer_groups not in ("single", "group"):
             raise ValueError(f'layer_groups is "single" or "group", not "{layer_groups}"')
-        self.layer_groups, self.checkpointing = layer_groups, False
+        self.layer_groups = layer_groups
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
@@ -42,10 +42,6 @@ class ConvNeXt(Pyramid):
             for j, block in enumerate(stage.blocks):
                 groups[12 if i == 3 else 3 + j // 3 if i == 2 else i + 1] += block.parameters()
         return groups
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.checkpointing = enable
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is None:
