@@ -9,7 +9,7 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, mae, maskfeat, simmim
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -31,9 +31,12 @@ OTHERS = {
     "swin_tiny_patch4_window7_224": WINDOWS,
     "swinv2_tiny_window8_256": WINDOWS | {"window_size": 4},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 2, 2)},
+    "mvitv2_tiny": {"img_size": 128},
+    "cswin_tiny": {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 2)},
     "convnext_atto": STAGES,
     "vit_base_patch16_224": PLAIN,
 }
+OVERLAPPING = ("pvt_v2_b0", "mvitv2_tiny", "cswin_tiny")
 
 
 def small(name, cases):
@@ -88,10 +91,12 @@ def test_skip_hides_pixels(name):
     assert (one - two).abs().max() > 1e-4
 
 
-REFUSED = ("pvt_v2_b0", Replace)  # its patches overlap: see test_wrong_combinations_say_what_to_use
+def ways(name):
+    """Replace is not for overlapping patches: see test_wrong_combinations_say_what_to_use."""
+    return [Paint] if name in OVERLAPPING else [Replace, Paint]
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in OTHERS for w in (Replace, Paint) if (n, w) != REFUSED])
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in OTHERS for way in ways(name)])
 @torch.no_grad()
 def test_replace_and_paint_hide_pixels(name, way):
     encoder = small(name, OTHERS)
@@ -102,6 +107,13 @@ def test_replace_and_paint_hide_pixels(name, way):
     assert (encoder(images).maps[-1] - encoder(others).maps[-1]).abs().max() > 1e-4
     one, two = (hide(images + shift, mask).maps[-1] for shift in (0.0, 1e-2 * ~mask.at(1)[:, None]))
     assert not torch.equal(one, two)  # visible pixels count
+
+
+def test_overlapping_patches_are_painted():
+    for name in OTHERS:
+        encoder = small(name, OTHERS)
+        assert encoder.overlaps == (name in OVERLAPPING)
+        assert {type(m(encoder).hide) for m in (simmim, maskfeat)} == {ways(name)[0]}
 
 
 @pytest.mark.parametrize("name", SKIPPING)
@@ -135,6 +147,8 @@ def built(method, in_chans=3, **args):
     if method is simmim:
         return simmim(build_encoder("swin_tiny_patch4_window7_224", in_chans, **WINDOWS | {"embed_dim": 32}), **args)
     encoder = build_encoder("vit_base_patch16_224", in_chans, position="sincos", init="xavier", **PLAIN)
+    if method is maskfeat:
+        return maskfeat(encoder, unit=16, least=2, **args)
     return method(encoder, unit=16, depth=1, width=32, heads=2, **args)
 
 
@@ -192,7 +206,7 @@ def test_wrong_combinations_say_what_to_use():
     for build, message in [
         (lambda: mae(swin), r"Skip needs .*plain ViT, ConvNeXt.*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: mae(overlapping), r"Skip needs .*Replace \(simmim\) or Paint \(fastmim\)"),
-        (lambda: simmim(overlapping), r"overlap.*Paint \(fastmim\)"),
+        (lambda: Replace(overlapping), r"overlap.*Paint \(fastmim\)"),
         (lambda: mae(vit, unit=12), "12 px.*8 px"),
         (lambda: simmim(swin, unit=6), "6 px"),
         (lambda: simmim(swin, cell=24), "24 px.*(8|16) px would"),

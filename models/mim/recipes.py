@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from models.encoders.encoder import Encoder
 from models.mim.head import Decoder, LinearHead
-from models.mim.hide import Paint, Replace, Skip
+from models.mim.hide import Paint, Skip, cover
 from models.mim.loss import l1, l2
-from models.mim.masker import RandomMasker
+from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.target import HOG, LocalPixels, Pixels, Target
 
@@ -36,7 +36,21 @@ def simmim(
 ) -> MIM:
     """SimMIM (Xie et al., 2022): a token stands in for each hidden patch, one linear layer guesses its pixels."""
     truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
-    return MIM(RandomMasker(unit, ratio), Replace(encoder), LinearHead(encoder, truth), truth, l1)
+    return MIM(RandomMasker(unit, ratio), cover(encoder), LinearHead(encoder, truth), truth, l1)
+
+
+def maskfeat(
+    encoder: Encoder,
+    ratio: float = 0.4,
+    unit: int | None = None,
+    least: int = 15,
+    target: str = "hog",
+    cell: int | None = None,
+) -> MIM:
+    """MaskFeat (Wei et al., 2022): a token stands in for blocks of patches, one linear layer guesses their HOG."""
+    truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, l2)
 
 
 def fastmim(
@@ -56,7 +70,7 @@ def fastmim(
 
 
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
+METHODS = {method.__name__: method for method in (mae, simmim, maskfeat, fastmim)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
