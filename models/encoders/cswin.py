@@ -42,13 +42,15 @@ class CSWin(Encoder):
         drop_last: int = 0,
     ):
         super().__init__()
+        if not len(depths) == len(num_heads) == len(stripes) + 1:
+            raise ValueError("depths and num_heads have an entry for each stage, stripes for each but the last")
         widths = [embed_dim * 2**i for i in range(len(depths))]
         if any(heads % 2 or width % heads for width, heads in zip(widths, num_heads)):
             raise ValueError(f"num_heads {tuple(num_heads)} must be even and divide the widths {tuple(widths)}")
         self.in_chans, self.patch, self.width = in_chans, 4, embed_dim
         self.stem, self.stages = shrink(in_chans, embed_dim, 7, 4, 2), nn.ModuleList()
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        sizes = zip([0, *widths[:-1]], widths, num_heads, [*stripes, None], rates, strict=True)
+        sizes = zip([0, *widths[:-1]], widths, num_heads, [*stripes, None], rates)
         for before, width, heads, stripe, rate in sizes:
             stage = nn.Module()
             stage.downsample = shrink(before, width, 3, 2, 1) if before else nn.Identity()
