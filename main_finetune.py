@@ -44,7 +44,8 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         if data.in_chans is not None:
             changes["in_chans"] = data.in_chans
         with start.told("weights"):
-            encoder = load_encoder(config.weights, config.allow_partial, log, **changes)
+            learns = config.task.name == "finetune"  # then blocks that pretraining left out come back, fresh
+            encoder = load_encoder(config.weights, config.allow_partial, log, learns, **changes)
             stored = load_normalization(config.weights)
         found = start.find_data(data, run.seed, True, encoder.in_chans, log)
     if len(found.classes) < 2:

@@ -27,6 +27,9 @@ CASES = {  # a name of timm's: arguments that make it small
     "swinv2_tiny_window8_256": WINDOWS,
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 2, 2)},
     "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 1, 1)},
+    "mvitv2_tiny": {"img_size": 64},  # timm fixes its sizes
+    "mvitv2_small_cls": {"img_size": 64},  # a class token in a pyramid
+    "cswin_tiny": {"embed_dim": 8, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 2, 4)},
     "focalnet_tiny_srf": {},  # timm fixes its sizes
     "maxvit_rmlp_pico_rw_256": {"img_size": 64},
     "coatnet_pico_rw_224": {"img_size": 64},
@@ -42,7 +45,11 @@ CASES = {  # a name of timm's: arguments that make it small
     "resnet18": RESIDUAL,  # basic blocks
     "mixmim_base": WINDOWS,
 }
-STEMS = {"patch_embed": ("swin", "pvt", "hiera"), "conv1": ("resnet",)}  # what timm calls it, if not stem
+STEMS = {
+    "patch_embed": ("swin", "pvt", "hiera"),
+    "conv1": ("resnet",),
+    "patch_embed.proj": ("mvit",),
+}  # what timm calls it, if not stem
 FIXED = ("maxvit", "coatnet")  # built for one image size
 
 
@@ -134,7 +141,8 @@ def test_every_parameter_is_in_one_layer_or_the_final_norm(name):
     assert all(encoder.layers) and len(layered) == len(set(layered))
     rest = {key for key, p in encoder.named_parameters() if id(p) not in layered}
     shared = {"tables.0"} if len(getattr(encoder, "tables", ())) == 1 else set()
-    assert rest <= {f"{part}.norm.{kind}" for part in ("vit", "backbone") for kind in ("weight", "bias")} | shared
+    norms = {f"{part}norm.{kind}" for part in ("vit.", "backbone.", "") for kind in ("weight", "bias")}
+    assert rest <= norms | shared
     stem = encoder.vit.patch_embed if isinstance(encoder, ViT) else encoder.stem
     first = {id(p) for p in encoder.layers[0]}
     assert {id(p) for p in stem.parameters()} <= first

@@ -9,7 +9,7 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, mixmim, simmim
+from models.mim.recipes import METHODS, TARGETS, mae, maskfeat, mixmim, simmim
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -41,12 +41,15 @@ OTHERS = {
     "swin_tiny_patch4_window7_224": WINDOWS,
     "swinv2_tiny_window8_256": WINDOWS | {"window_size": 4},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 2, 2)},
+    "mvitv2_tiny": {"img_size": 128},
+    "cswin_tiny": {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 2)},
     "convnext_atto": STAGES,
     "resnet50": RESIDUAL,
     "vit_base_patch16_224": PLAIN,
     "hiera_tiny_224": UNITS,
     "mixmim_base": WINDOWS,
 }
+OVERLAPPING = ("pvt_v2_b0", "mvitv2_tiny", "cswin_tiny", "resnet50", "hiera_tiny_224")
 
 
 def small(name, cases):
@@ -101,15 +104,12 @@ def test_skip_hides_pixels(name):
     assert (one - two).abs().max() > 1e-4
 
 
-REFUSED = (
-    "pvt_v2_b0",
-    "resnet50",
-    "hiera_tiny_224",
-)  # by Replace, their patches overlap: see test_wrong_combinations_say_what_to_use
-WAYS = [(name, way) for name in OTHERS for way in (Replace, Paint) if way is Paint or name not in REFUSED]
+def ways(name):
+    """Replace is not for overlapping patches: see test_wrong_combinations_say_what_to_use."""
+    return [Paint] if name in OVERLAPPING else [Replace, Paint]
 
 
-@pytest.mark.parametrize(("name", "way"), WAYS)
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in OTHERS for way in ways(name)])
 @torch.no_grad()
 def test_replace_and_paint_hide_pixels(name, way):
     encoder = small(name, OTHERS)
@@ -120,6 +120,13 @@ def test_replace_and_paint_hide_pixels(name, way):
     assert (encoder(images).maps[-1] - encoder(others).maps[-1]).abs().max() > 1e-4
     one, two = (hide(images + shift, mask).maps[-1] for shift in (0.0, 1e-2 * ~mask.at(1)[:, None]))
     assert not torch.equal(one, two)  # visible pixels count
+
+
+def test_overlapping_patches_are_painted():
+    for name in OTHERS:
+        encoder = small(name, OTHERS)
+        assert encoder.overlaps == (name in OVERLAPPING)
+        assert {type(m(encoder).hide) for m in (simmim, maskfeat)} == {ways(name)[0]}
 
 
 @pytest.mark.parametrize("name", SKIPPING)
@@ -152,6 +159,7 @@ VIT = ("vit_base_patch16_224", PLAIN | {"position": "sincos", "init": "xavier"})
 BUILT = {  # a small encoder for each method, and arguments that make the method small
     "mae": (*VIT, TRANSFORMER),
     "simmim": ("swin_tiny_patch4_window7_224", WINDOWS | {"embed_dim": 32}, {}),
+    "maskfeat": (*VIT, {"unit": 16, "least": 2}),
     "fastmim": (*VIT, TRANSFORMER),
     "hiera": (
         "hiera_tiny_224",
@@ -224,7 +232,7 @@ def test_wrong_combinations_say_what_to_use():
     for build, message in [
         (lambda: mae(swin), r"Skip needs .*plain ViT, ConvNeXt.*Replace \(simmim\) or Paint \(fastmim\)"),
         (lambda: mae(overlapping), r"Skip needs .*Replace \(simmim\) or Paint \(fastmim\)"),
-        (lambda: simmim(overlapping), r"overlap.*Paint \(fastmim\)"),
+        (lambda: Replace(overlapping), r"overlap.*Paint \(fastmim\)"),
         (lambda: mixmim(vit), r"Mix needs .*mixmim_base.*ViT does not"),
         (lambda: mae(vit, unit=12), "12 px.*8 px"),
         (lambda: simmim(swin, unit=6), "6 px"),

@@ -92,7 +92,6 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         pretrain(str(root), tmp_path / "strict", "--data.max_bad", "0")
 
 
-PVT = ["--encoder.name", "pvt_v2_b0", "--encoder.args", "{}"]
 WRONG = [
     (["--optim.lrr", "1"], "there is no option optim.lrr; the nearest is optim.lr"),
     (["--optim.lr", "fast"], "optim.lr is fast, but has to be float"),
@@ -106,7 +105,6 @@ WRONG = [
     (["--data.batch", "16", "--run.per_device", "5"], "15 or 20"),
     (["--run.dtype", "float8"], "bfloat16, float16 or float32"),
     (["--method.name", "mae", "--encoder.name", "swin_tiny_patch4_window7_224", "--encoder.args", "{}"], "simmim"),
-    (["--method.name", "simmim", "--method.args", "{}", *PVT], "Paint"),
 ]
 
 

@@ -177,18 +177,27 @@ def decay(optim: Optim, steps: float) -> Schedule | None:
     return None if end is None else Schedule(optim.weight_decay, steps, min_lr=end)
 
 
+REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError)  # what the models raise for what cannot be
+
+
 def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:
-    """Run one blank image of each size through the task. UserError if one does not fit, before hours are spent."""
-    training = task.training
+    """Run blank images of each size through the task. UserError, naming all that do not fit, before hours are spent."""
+    training, wrong = task.training, {}
     task.eval()
-    for _, size in read_schedule(data.size):
+    for _, (h, w) in read_schedule(data.size):
         batch = {
-            "image": torch.zeros(2, channels, *size, device=device),
+            "image": torch.zeros(2, channels, h, w, device=device),
             "label": torch.zeros(2, dtype=int, device=device),
         }
-        with told(f"images of {size[0]} x {size[1]} px do not fit"), torch.no_grad():
-            task(batch)
+        try:
+            with torch.no_grad():
+                task(batch)
+        except REFUSALS as error:
+            wrong[str(h) if h == w else f"{h} x {w}"] = dist.first_line(error)
     task.train(training)
+    if wrong:
+        fit = "does not fit" if len(wrong) == 1 else "do not fit"
+        raise UserError(f"data.size: {' and '.join(wrong)} px {fit}: {'; '.join(dict.fromkeys(wrong.values()))}")
 
 
 @contextmanager
@@ -196,7 +205,7 @@ def told(what: str) -> Iterator[None]:
     """What the models refuse inside becomes a UserError: one line that begins with `what`."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except REFUSALS as error:
         raise UserError(f"{what}: {dist.first_line(error)}") from error
 
 

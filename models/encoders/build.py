@@ -1,29 +1,34 @@
-"""An encoder by its name: timm's, or one of ours that timm has not."""
+"""An encoder by its name: timm's, or one of those that timm lacks."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Sequence
-from functools import partial
 
 import timm
 from timm.models import model_entrypoint
 
 from models.encoders.convnext import ConvNeXt
+from models.encoders.cswin import CSWin
 from models.encoders.encoder import Encoder
 from models.encoders.hiera import Hiera
 from models.encoders.mixswin import MixSwin
+from models.encoders.mvit import MViT
 from models.encoders.pyramid import Pyramid
 from models.encoders.resnet import ResNet
 from models.encoders.vit import ViT
 
 PLAIN = ("vision_transformer", "deit", "beit", "eva")
-SPARSE = {"convnext": ConvNeXt, "resnet": ResNet, "hiera": Hiera}
-OWN = {  # what timm has not: the class, and the sizes that a name stands for
+SPECIAL = {"convnext": ConvNeXt, "resnet": ResNet, "hiera": Hiera, "mvitv2": MViT}  # the rest are Pyramids
+OWN: dict[str, tuple[type[Encoder], dict]] = {  # what timm lacks: the class, and the sizes that a name stands for
     "mixmim_base": (MixSwin, {"embed_dim": 128, "num_heads": (4, 8, 16, 32)}),
     "mixmim_large": (MixSwin, {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}),
     "mixmim_huge": (MixSwin, {"embed_dim": 352, "num_heads": (11, 22, 44, 88)}),
+    "cswin_tiny": (CSWin, {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16)}),
+    "cswin_small": (CSWin, {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16)}),
+    "cswin_base": (CSWin, {"embed_dim": 96, "depths": (2, 4, 32, 2), "num_heads": (4, 8, 16, 32)}),
+    "cswin_large": (CSWin, {"embed_dim": 144, "depths": (2, 4, 32, 2), "num_heads": (6, 12, 24, 24)}),
 }
 
 
@@ -39,16 +44,15 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
     if name not in OWN and not timm.is_model(name):
         near = difflib.get_close_matches(name, [*OWN, *timm.list_models()], n=3, cutoff=0.5)
         raise ValueError(f'no encoder is called "{name}"; the nearest are {", ".join(near) or "in timm.list_models()"}')
-    family, sizes = OWN[name] if name in OWN else (encoder_class(name), {"name": name})
-    make = partial(family, in_chans=in_chans, **sizes)
+    family, sizes = OWN.get(name) or (encoder_class(name), {"name": name})
     sized = {} if img_size is None else {"img_size": img_size}
     try:
         try:
-            encoder = make(**sized, **args)
+            encoder = family(in_chans=in_chans, **sizes | sized | args)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            encoder = make(**args)  # this family asks for no size
+            encoder = family(in_chans=in_chans, **sizes | args)  # this family asks for no size
     except TypeError as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown not in args:
@@ -59,9 +63,9 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
 
 def encoder_class(name: str) -> type[Encoder]:
-    """The Encoder that serves a timm name: ViT for plain transformers, Pyramid for what is not in SPARSE."""
+    """The Encoder that serves a timm name: ViT for plain transformers, Pyramid or one of its like for the rest."""
     module = model_entrypoint(name).__module__.rpartition(".")[2]
-    return ViT if module in PLAIN else SPARSE.get(module, Pyramid)
+    return ViT if module in PLAIN else SPECIAL.get(module, Pyramid)
 
 
 def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:

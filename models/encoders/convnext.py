@@ -28,7 +28,7 @@ class ConvNeXt(Pyramid):
             raise ValueError(f'layer_groups is "single" or "group", not "{layer_groups}"')
         if grn not in ("image", "batch"):
             raise ValueError(f'grn is "image" or "batch", not "{grn}"')
-        self.layer_groups, self.grn, self.checkpointing = layer_groups, grn, False
+        self.layer_groups, self.grn = layer_groups, grn
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
@@ -45,10 +45,6 @@ class ConvNeXt(Pyramid):
             for j, block in enumerate(stage.blocks):
                 groups[12 if i == 3 else 3 + j // 3 if i == 2 else i + 1] += block.parameters()
         return groups
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.checkpointing = enable
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is None:

@@ -35,6 +35,7 @@ class Encoder(nn.Module):
     mixes: bool = False
     normed: bool = True
     plan: dict
+    checkpointing: bool = False
 
     @property
     def mask_unit(self) -> int:
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
-        raise NotImplementedError
+        self.checkpointing = enable
 
     def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, in_chans, H, W) -> (B, H / patch, W / patch, width), before positions."""
@@ -63,3 +64,9 @@ class Encoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
         return self.encode(self.embed(images))
+
+
+def refuse_mask(mask: Mask | None) -> None:
+    """ValueError where there is a mask, from an encoder that can leave nothing out."""
+    if mask is not None:
+        raise ValueError("this encoder computes every cell: hide with Replace or Paint instead of Skip")

@@ -37,7 +37,6 @@ class Hiera(Encoder):
         self.grid, self.overlaps = tuple(backbone.tokens_spatial_shape), conv.kernel_size[0] > self.patch
         self.strides = [self.patch * 2 ** min(stage, q_pool) for stage in stages]
         self.dims = [info["num_chs"] for info in backbone.feature_info]
-        self.checkpointing = False
         if init == "xavier":
             xavier(self)
 
@@ -50,9 +49,6 @@ class Hiera(Encoder):
         blocks = [list(block.parameters()) for block in self.backbone.blocks]
         inner = {id(p) for block in blocks for p in block}
         return [[p for p in self.parameters() if id(p) not in inner], *blocks]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.checkpointing = enable
 
     def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         check_sides(images, self.mask_unit, "mask units")

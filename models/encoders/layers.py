@@ -76,6 +76,28 @@ def resample(table: Float[Tensor, "1 n C"], grid: tuple[int, int], h: int, w: in
     return table[0].unflatten(0, (h, w))
 
 
+def shorten(model: nn.Module, blocks: int) -> int:
+    """Leave out so many blocks at the end; gives how many stages go whole, and with them the norm after the last.
+
+    ValueError if the model has no blocks, or none would be left.
+    """
+    place = "stages" if hasattr(model, "stages") else "layers"
+    stages = kept = getattr(model, place, [model])
+    if not all(hasattr(stage, "blocks") for stage in stages):
+        raise ValueError("drop_last: this encoder is not made of stages of blocks")
+    count = sum(len(stage.blocks) for stage in stages)
+    if not 0 <= blocks < count:
+        raise ValueError(f"drop_last is {blocks} of {count} blocks: it must be from 0 to {count - 1}")
+    while blocks >= len(kept[-1].blocks):
+        blocks -= len(kept[-1].blocks)
+        kept = kept[:-1]
+    kept[-1].blocks = kept[-1].blocks[: len(kept[-1].blocks) - blocks]
+    if len(kept) < len(stages):
+        setattr(model, place, kept)
+        model.norm = nn.Identity()
+    return len(stages) - len(kept)
+
+
 def xavier(module: nn.Module) -> None:
     """Initialise linear layers and patch projections as MAE does: Xavier uniform on the flattened kernel, biases 0."""
     for part in module.modules():

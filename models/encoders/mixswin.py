@@ -43,7 +43,6 @@ class MixSwin(Pyramid):
         super().__init__("swin_base_patch4_window7_224", in_chans, **timm_args)
         xavier(self.backbone)
         self.pos_side = pos_size and pos_size // self.patch
-        self.checkpointing = False
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from timm.models import group_parameters, model_entrypoint
 from torch import Tensor, nn
 
-from models.encoders.encoder import Encoder
+from models.encoders.encoder import Encoder, refuse_mask
 from models.encoders.grid import Features, Mask
+from models.encoders.layers import shorten
 
 WINDOWED = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr")
 
@@ -22,28 +23,29 @@ class Pyramid(Encoder):
 
     The stem is taken out and `nn.Identity()` left in its place: `embed` is the stem, `encode` is timm's own
     `forward_intermediates`. `timm_args` go to timm (depths, window_size, drop_path_rate, img_size, ...).
+    `drop_last` blocks are left out at the end, whole stages among them, and then the final norm too.
     ValueError if the backbone has no such stem.
     """
 
     stems: tuple[str, ...] = ("patch_embed", "stem")  # what timm calls it
 
-    def __init__(self, name: str, in_chans: int = 3, **timm_args):
+    def __init__(self, name: str, in_chans: int = 3, drop_last: int = 0, **timm_args):
         super().__init__()
         if model_entrypoint(name).__module__ in WINDOWED:
             timm_args = {"strict_img_size": False, **timm_args}  # windows are cut at any image size
         self.backbone = backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, **timm_args)
-        place = next((stem for stem in self.stems if hasattr(backbone, stem)), None)
+        place = next((stem for stem in self.stems if hasattr(backbone, stem.partition(".")[0])), None)
         if place is None or not hasattr(backbone, "forward_intermediates"):
             raise ValueError(
                 f"{name} cannot be cut into a stem and stages: choose a swin, pvt_v2, convnext, ... or a vit"
             )
-        self.stem = getattr(backbone, place)
+        self.stem = backbone.get_submodule(place)
         self.layer_of = self.group(place)
-        setattr(backbone, place, nn.Identity())
+        backbone.set_submodule(place, nn.Identity())
         backbone.head = nn.Identity()  # some keep a norm in it, which would train unused
-        self.in_chans = in_chans
-        self.strides = [info["reduction"] for info in backbone.feature_info]
-        self.dims = [info["num_chs"] for info in backbone.feature_info]
+        gone = shorten(backbone, drop_last) if drop_last else 0
+        self.in_chans, stages = in_chans, backbone.feature_info[: len(backbone.feature_info) - gone]
+        self.strides, self.dims = ([stage[what] for stage in stages] for what in ("reduction", "num_chs"))
         self.normed = not isinstance(getattr(backbone, "norm", nn.Identity()), nn.Identity)
         self.overlaps = any(
             conv.kernel_size[0] > conv.stride[0] for conv in self.stem.modules() if isinstance(conv, nn.Conv2d)
@@ -68,14 +70,15 @@ class Pyramid(Encoder):
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
-        layers = defaultdict(list)
+        layers = defaultdict(list, {0: list(self.stem.parameters())})
         for name, parameter in self.backbone.named_parameters():
             if name in self.layer_of:
                 # a downsampling layer learns at the pace of the stage that it ends (SimMIM)
                 layers[self.layer_of[name] - (".downsample." in name)].append(parameter)
-        return [list(self.stem.parameters()), *(layers[layer] for layer in sorted(layers))]
+        return [layers[layer] for layer in sorted(layers)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
         self.backbone.set_grad_checkpointing(enable)
 
     def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
@@ -83,7 +86,6 @@ class Pyramid(Encoder):
         return x if self.channels_last else rearrange(x, "b c h w -> b h w c")
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
-        if mask is not None:
-            raise ValueError("this encoder computes every cell: hide with Replace or Paint instead of Skip")
+        refuse_mask(mask)
         x = tokens if self.channels_last else rearrange(tokens, "b h w c -> b c h w")
         return Features(self.backbone.forward_intermediates(x, norm=True, intermediates_only=True))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from scipy.interpolate import RectBivariateSpline
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -38,6 +40,8 @@ def fit(
         if old is not None:
             table = resample_abs_pos_embed(value.float(), new, old, prefix, antialias=False)
             return table, f"positions {size(old)} to {size(new)}"
+    if re.search(r"\.rel_pos_[hw]$", key) and value.shape[1] == like.shape[1]:
+        return stretch(value, len(like)), f"positions of {len(value)} to {len(like)} offsets"
     if re.search(r"(relative_position_bias_table|^tables\.\d+)$", key) and value.ndim == like.ndim == 2:
         owner = encoder if key.startswith("tables.") else encoder.get_submodule(key.rpartition(".")[0])
         window, extra = owner.window if owner is encoder else owner.window_size, 3 if owner is encoder else 0
@@ -97,6 +101,13 @@ def resize_table(table: Tensor, window: tuple[int, int], extra: int = 0) -> Tens
     heads = places.double().T.reshape(-1, n, n).numpy()
     read = [RectBivariateSpline(rows, columns, head, kx=degree, ky=degree)(*to).ravel() for head in heads]
     return torch.cat([torch.from_numpy(np.stack(read, -1)).to(table.dtype), rest])
+
+
+def stretch(table: Tensor, length: int) -> Tensor:
+    """A table of relative positions along a side, (n, C) -> (length, C), interpolated as MViTv2 does."""
+    if len(table) == length:
+        return table
+    return rearrange(F.interpolate(rearrange(table, "n c -> 1 c n"), length, mode="linear"), "1 c n -> n c")
 
 
 def spread(source: int, target: int) -> np.ndarray:

@@ -28,7 +28,7 @@ class ResNet(Pyramid):
     def __init__(self, name: str, in_chans: int = 3, **timm_args):
         super().__init__(name, in_chans, **timm_args)
         self.strides, self.dims = self.strides[1:], self.dims[1:]  # the stem's map is no stage's
-        self.normed, self.checkpointing = True, False
+        self.normed = True
 
     @property
     def layers(self) -> list[list[nn.Parameter]]:
@@ -37,10 +37,6 @@ class ResNet(Pyramid):
         sizes = (len(net.layer1), *((2, 3) if len(net.layer2) <= 4 else (4, 4)), len(net.layer4))
         groups = [stage[i : i + n] for stage, n in zip(stages, sizes) for i in range(0, len(stage), n)]
         return [list(nn.ModuleList(part).parameters()) for part in ([self.stem, net.bn1, net.maxpool], *groups)]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.checkpointing = enable  # running statistics then take in each batch twice
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         if mask is None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import sincos, xavier
+from models.encoders.layers import shorten, sincos, xavier
 
 
 class ViT(Encoder):
@@ -25,6 +25,7 @@ class ViT(Encoder):
     taps:       blocks whose outputs become maps, counted from 0 or, if negative, from the end
     position:   "learned", or "sincos": MAE's fixed table, exact at every grid
     init:       "timm", or "xavier" as MAE's code does
+    drop_last:  blocks left out at the end; the rest is as in the whole encoder
     final_norm: without it the maps come straight from the blocks (mean pooling in fine-tuning norms after the mean)
     """
 
@@ -38,6 +39,7 @@ class ViT(Encoder):
         position: str = "learned",
         init: str = "timm",
         final_norm: bool = True,
+        drop_last: int = 0,
         **timm_args,
     ):
         super().__init__()
@@ -45,11 +47,15 @@ class ViT(Encoder):
             timm_args = {"dynamic_img_size": True, **timm_args}  # rotary angles are then made for any grid
         pool = "token" if "_distilled_" in name else ""  # without pooling, timm leaves nothing after the final norm
         self.vit = vit = timm.create_model(name, in_chans=in_chans, num_classes=0, global_pool=pool, **timm_args)
+        shorten(vit, drop_last)
         self.in_chans, self.width, self.normed = in_chans, vit.embed_dim, final_norm
         self.patch = square(vit.patch_embed.patch_size, name)
-        self.taps = sorted(tap % len(vit.blocks) for tap in taps)
+        depth = len(vit.blocks)
+        if not all(-depth <= tap < depth for tap in taps):
+            raise ValueError(f"taps are {tuple(taps)}, but there are blocks 0 to {depth - 1}")
+        self.taps = sorted(tap % depth for tap in taps)
         self.strides, self.dims = [self.patch] * len(taps), [self.width] * len(taps)
-        self.grid, self.checkpointing = tuple(vit.patch_embed.grid_size), False
+        self.grid = tuple(vit.patch_embed.grid_size)
         if not hasattr(vit, "norm_pre"):
             vit.norm_pre = nn.Identity()  # BEiT has none
         if not final_norm:
@@ -72,9 +78,6 @@ class ViT(Encoder):
         tail = {id(p) for p in self.vit.norm.parameters()} | {id(p) for p in self.tables}  # a shared table has scale 1
         inner = tail | {id(p) for block in blocks for p in block}
         return [[p for p in self.vit.parameters() if id(p) not in inner], *blocks]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.checkpointing = enable
 
     def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         check_sides(images, self.patch)

@@ -6,7 +6,7 @@ import argparse
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,11 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def load_encoder(
-    source: str, allow_partial: bool = False, log: Callable[[str], None] | None = None, **changes
+    source: str,
+    allow_partial: bool = False,
+    log: Callable[[str], None] | None = None,
+    whole: bool = False,
+    **changes,
 ) -> Encoder:
     """The encoder of a file, with its weights, in evaluation mode.
 
@@ -34,6 +38,7 @@ def load_encoder(
                    read off its tensors
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
+    whole:         build the last blocks, too, that pretraining did without (drop_last); they are fresh, and named
     changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;
                    `encoder` is another name to build
 
@@ -50,13 +55,24 @@ def load_encoder(
     try:
         if (args | changes).get("num_heads", 1) is None:
             raise ValueError("the file does not tell how many attention heads its encoder has: give num_heads")
-        encoder = build_encoder(name, in_chans, **args | changes)
-        line = load_state(encoder, state, allow_partial, ignored, args.get("img_size"))
+        wanted, absent = args | changes, set()
+        if whole and args.get("drop_last") and "drop_last" not in changes:
+            absent = left_out(name, in_chans, wanted)
+            del wanted["drop_last"]
+        encoder = build_encoder(name, in_chans, **wanted)
+        line = load_state(encoder, state, allow_partial, ignored, args.get("img_size"), absent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if log is not None:
         log(f"{path}: {line}")
     return encoder.eval()
+
+
+def left_out(name: str, in_chans: int, args: dict) -> set[str]:
+    """The keys that an encoder of these arguments lacks for its drop_last."""
+    with torch.device("meta"):
+        cut, whole = (build_encoder(name, in_chans, **args | {"drop_last": n}) for n in (args["drop_last"], 0))
+    return whole.state_dict().keys() - cut.state_dict().keys()
 
 
 def load_normalization(source: str) -> dict:
@@ -144,11 +160,13 @@ def load_state(
     allow_partial: bool = False,
     ignored: Counter[str] | None = None,
     img_size: int | Sequence[int] | None = None,
+    absent: Collection[str] = (),
 ) -> str:
     """Load tensors of our keys into an encoder, resized where its grid, windows or channels differ; one line on it.
 
-    img_size is what the file's encoder was built for, if known. ValueError, with figures and the first keys, if any
-    of the encoder is missing or any of the file is left over, unless allow_partial.
+    img_size is what the file's encoder was built for, if known; absent are the keys that it did without. ValueError,
+    with figures and the first keys, if any other of the encoder is missing or any of the file is left over, unless
+    allow_partial.
     """
     ignored, resized, misfits = Counter(ignored), Counter(), []
     own, fitted = encoder.state_dict(), {}
@@ -163,18 +181,31 @@ def load_state(
                 misfits.append(f"{key} ({shape(value)} in the file, {shape(own[key])} here)")
             else:
                 fitted[key] = fits
-    missing = [key for key in own if key not in fitted and key not in state]
+    missing = [key for key in own if key not in fitted and key not in state and key not in absent]
     unread = [key for key in state if key not in own and not (key.startswith("vit.norm.") and not encoder.normed)]
     line = (
         f"encoder {len(fitted)}/{len(own)} tensors, {millions(fitted)}/{millions(own)} parameters"
         + listed("resized", [how if n == 1 else f"{how} ({n})" for how, n in resized.items()])
         + listed("ignored", [f"{what} {n}" for what, n in ignored.items()])
+        + listed("left out in pretraining, now fresh", owners(encoder, [key for key in absent if key not in fitted]))
     )
     wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
     if wrong and not allow_partial:
         raise ValueError(f"the weights do not fit: {line}{wrong}; allow_partial loads what fits")
     encoder.load_state_dict(fitted, strict=False)
-    return line + named("fresh", [key for key in own if key not in fitted]) + named("unread", unread)
+    fresh = [key for key in own if key not in fitted and key not in absent]
+    return line + named("fresh", fresh) + named("unread", unread)
+
+
+def owners(encoder: Encoder, keys: Collection[str]) -> list[str]:
+    """The largest parts of an encoder that hold nothing but these keys, with the number of their tensors."""
+    found, rest = [], set(keys)
+    for name, part in encoder.named_modules():  # the larger come first
+        inner = {f"{name}.{key}" for key in part.state_dict()}
+        if inner and inner <= rest:
+            found.append(f"{name} ({len(inner)} tensors)")
+            rest -= inner
+    return found + sorted(rest)
 
 
 def share_table(encoder: Encoder, state: State) -> State:

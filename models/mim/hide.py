@@ -91,3 +91,8 @@ class Mix(nn.Module):
         tokens = self.encoder.embed(images)
         mixed = torch.where(mask.at(self.encoder.patch)[..., None], tokens.flip(0), tokens)
         return self.encoder.encode(mixed, mask)
+
+
+def cover(encoder: Encoder) -> Hide:
+    """Replace, or Paint where patches overlap and visible tokens would see the pixels of replaced ones."""
+    return Paint(encoder) if encoder.overlaps else Replace(encoder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from models.encoders.encoder import Encoder
 from models.mim.conv_head import ConvDecoder, UNetDecoder
 from models.mim.head import Decoder, FuseDecoder, LinearHead, Unmix
-from models.mim.hide import Mix, Paint, Replace, Skip
+from models.mim.hide import Mix, Paint, Skip, cover
 from models.mim.loss import l1, l2, over_all
-from models.mim.masker import RandomMasker
+from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.target import HOG, LocalPixels, Pixels, Target
 
@@ -26,7 +26,15 @@ def simmim(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "
            cell: int | None = None) -> MIM:
     """SimMIM (Xie et al., 2022): a token stands in for each hidden patch, one linear layer guesses its pixels."""
     truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
-    return MIM(RandomMasker(unit, ratio), Replace(encoder), LinearHead(encoder, truth), truth, l1)
+    return MIM(RandomMasker(unit, ratio), cover(encoder), LinearHead(encoder, truth), truth, l1)
+
+
+def maskfeat(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, least: int = 15, target: str = "hog",
+             cell: int | None = None) -> MIM:
+    """MaskFeat (Wei et al., 2022): a token stands in for blocks of patches, one linear layer guesses their HOG."""
+    truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, l2)
 
 
 def fastmim(encoder: Encoder, ratio: float = 0.75, unit: int = 32, target: str = "hog", cell: int | None = None,
@@ -69,7 +77,7 @@ def spark(encoder: Encoder, ratio: float = 0.59, unit: int = 32, target: str = "
 # fmt: on
 
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim, mixmim, hiera, fcmae, spark)}
+METHODS = {method.__name__: method for method in (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
