@@ -23,7 +23,7 @@ class Hide(Protocol):
 
 
 class Skip(nn.Module):
-    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE)."""
+    """Leave hidden cells out of the computation; their features are zeros (MAE, FCMAE, MILAN)."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -65,3 +65,8 @@ class Paint(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))
         return self.encoder(rearrange(painted, "b h w c -> b c h w"))
+
+
+def cover(encoder: Encoder) -> Replace | Paint:
+    """Replace hidden patches by a token, or paint them where patches overlap."""
+    return Paint(encoder) if encoder.overlaps else Replace(encoder)

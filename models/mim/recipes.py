@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from models.encoders.encoder import Encoder
 from models.mim.head import Decoder, LinearHead
-from models.mim.hide import Paint, Replace, Skip
-from models.mim.loss import l1, l2
-from models.mim.masker import RandomMasker
+from models.mim.hide import Paint, Replace, Skip, cover
+from models.mim.loss import cosine, l1, l2, over_all
+from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
-from models.mim.target import HOG, LocalPixels, Pixels, Target
+from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
+from models.mim.target import HOG, LocalPixels, Pixels, Target, Teacher
+from models.teachers.load import load_teacher
+
+CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 
 
 def mae(
@@ -55,14 +61,75 @@ def fastmim(
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
+def eva(
+    encoder: Encoder,
+    ratio: float = 0.4,
+    unit: int | None = None,
+    target: str = CLIP.format("large_patch14"),
+    cell: int | None = None,
+    least: int = 16,
+) -> MIM:
+    """EVA (Fang et al., 2023): a token stands in for hidden blocks, one linear layer guesses what CLIP sees there.
+
+    least: cells of the smallest block
+    """
+    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cosine)
+
+
+def milan(
+    encoder: Encoder,
+    ratio: float = 0.75,
+    unit: int | None = None,
+    target: str = CLIP.format("base_patch16"),
+    cell: int | None = None,
+    mask: str = "attention",
+    teacher: str | None = None,
+    decoder: str = "prompt",
+    depth: int = 8,
+    width: int = 512,
+    heads: int = 16,
+) -> MIM:
+    """MILAN (Hou et al., 2022): CLIP says what is true and, by its attention, what to show; see milan.py.
+
+    mask:    "attention" or "random"
+    teacher: whose attention it is where the target is not a teacher itself
+    decoder: "prompt" or "plain", which is MAE's
+    """
+    if mask not in ("attention", "random") or decoder not in ("prompt", "plain"):
+        raise ValueError(
+            f'mask is "attention" or "random", not "{mask}"; decoder is "prompt" or "plain", not "{decoder}"'
+        )
+    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    taught = isinstance(truth, Teacher)
+    if mask == "random":
+        masker = RandomMasker(unit or encoder.strides[-1], ratio)
+    elif taught or teacher is not None:
+        seer = truth if teacher is None else build_target(teacher, truth.unit, encoder)
+        masker = AttentionMasker(unit or encoder.strides[-1], ratio, seer)
+    else:
+        raise ValueError(f'the target "{target}" has no attention to mask by: give teacher, or mask="random"')
+    head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads)
+    if taught:
+        return MILAN(masker, Skip(encoder), head, truth, cosine, over_all)
+    return MIM(masker, Skip(encoder), head, truth, l2)
+
+
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim, eva, milan)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
-    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog"."""
+    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog".
+
+    Any name with a colon is a teacher, see `load_teacher`; it is built where the encoder is.
+    """
+    if ":" in name:
+        with torch.device(next(encoder.parameters()).device):
+            return Teacher(load_teacher(name), unit, encoder)
     if name not in TARGETS:
-        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}')
+        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}, clip:FILE and timm:NAME')
     if name == "hog":
         return HOG(unit, encoder.in_chans)
     if name == "local":

@@ -12,7 +12,7 @@ from models.encoders.released.common import State, is_sincos
 from models.encoders.released.derived import check_derived
 from models.encoders.weights import named
 from models.mim.method import MIM
-from models.mim.target import HOG
+from models.mim.target import HOG, Pixels
 
 TRANSFORMER = (
     (r"^decoder_embed\.", "head.project."),
@@ -22,6 +22,7 @@ TRANSFORMER = (
 )
 HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
+    "milan": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
 }
@@ -41,7 +42,7 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 
 
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "simmim": "(c p y q x)"}
+ORDER = {"mae": "(p y q x c)", "fastmim": "(p y q x c)", "milan": "(p y q x c)", "simmim": "(c p y q x)"}
 
 
 def load_method_state(mim: MIM, kind: str, state: State) -> str:
@@ -80,6 +81,8 @@ def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
         return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)
+    if not isinstance(target, Pixels):
+        return value
     sizes = {"p": split, "q": split, "y": target.unit, "x": target.unit, "c": channels}
     return rearrange(value, f"{ORDER[kind]} ... -> (p q y x c) ...", **sizes)
 
