@@ -9,7 +9,8 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, simmim
+from models.mim.recipes import METHODS, TARGETS, eva, mae, milan, simmim
+from tests.towers import clip_file
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -132,6 +133,14 @@ def test_an_image_is_encoded_as_if_hidden_cells_were_cut_off():
 def built(method, in_chans=3, **args):
     """A small method: SimMIM on a pyramid, the others on a plain transformer."""
     torch.manual_seed(0)
+    if method in (eva, milan):
+        known = in_chans <= 3  # a teacher knows no other images
+        source = f"clip:{clip_file()}"
+        if method is milan:
+            args |= {"mask": "random"} if not known else {"mask": source} if "target" in args else {}
+        args = {"target": source if known else "normalized"} | args
+    if method is eva:
+        return eva(build_encoder("eva02_tiny_patch14_224", in_chans, **PLAIN), unit=16, least=2, **args)
     if method is simmim:
         return simmim(build_encoder("swin_tiny_patch4_window7_224", in_chans, **WINDOWS | {"embed_dim": 32}), **args)
     encoder = build_encoder("vit_base_patch16_224", in_chans, position="sincos", init="xavier", **PLAIN)

@@ -72,7 +72,7 @@ def test_clip_teacher(tmp_path):
     torch.save(state, tmp_path / "clip.pth")
     tower = load_teacher(f"clip:{tmp_path / 'clip.pth'}", torch.float32, heads=args["heads"])
     assert (tower.patch, tower.dim) == (args["patch_size"], args["output_dim"]) and tower.attends
-    seen = tower(given["imgs"], attention=True)
+    seen = tower(given["imgs"], tower.patch, attention=True)
     features = torch.cat([seen.prefix, seen.cells.flatten(1, 2)], 1)
     check(facts, {"features": features, "importance": seen.attention.flatten(1)}, expected)
     check(facts | {"recommended_atol": {"attention": facts["recommended_atol"]["attention"]}},

@@ -15,6 +15,8 @@ from models.encoders.build import build_encoder
 from models.encoders.weights import CLIP, IMAGENET, load_encoder, load_normalization
 from models.mim.recipes import METHODS, build_target, eva, mae, milan
 from models.mim.target import Teacher
+from models.monitor.draw import draw
+from models.monitor.picture import reconstruct
 from models.teachers.load import load_teacher
 from models.teachers.tower import Tower
 from tests import towers
@@ -36,7 +38,7 @@ def exact(source, **options):
 
 
 def everything(tower, images, attention=True):
-    seen = tower(images, attention)
+    seen = tower(images, tower.patch, attention)
     return [seen.cells, seen.prefix, seen.attention]
 
 
@@ -85,7 +87,7 @@ def test_slip_and_dino_are_the_same_tower_but_for_the_projection(tmp_path):
     cells, prefix, attention = everything(plain, images)
     for ours, theirs in zip(everything(full, images), (cells, prefix, attention)):
         assert torch.equal(ours, theirs)
-    projected = with_projection(images, attention=True)
+    projected = with_projection(images, 8, attention=True)
     torch.testing.assert_close(projected.cells, cells @ state["head.weight"].T)
     assert torch.equal(projected.attention, attention)
     assert plain.dim == 64 and with_projection.dim == 16 and plain.mean == IMAGENET["mean"]
@@ -112,7 +114,7 @@ def test_a_tower_is_an_encoder_too(clip, tmp_path):
     encoder = load_encoder(f"clip:{clip_file()}")
     images = torch.randn(2, 3, 32, 32)
     cells = clip.parts[1](encoder(images).maps[-1].movedim(1, -1))
-    torch.testing.assert_close(cells, clip(images).cells)
+    torch.testing.assert_close(cells, clip(images, 8).cells)
     assert load_normalization(f"clip:{clip_file()}") == CLIP and load_normalization(f"dino:{clip_file()}") == IMAGENET
 
 
@@ -186,8 +188,8 @@ def test_a_model_of_the_hub_may_lie_on_disk(tmp_path, monkeypatch):
     tower, images = exact(f"timm:{HUB}"), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         wanted = theirs.head(theirs.forward_features(images))
-    torch.testing.assert_close(tower(images).cells.flatten(1, 2), wanted[:, 1:])
-    torch.testing.assert_close(tower(images).prefix, wanted[:, :1])
+    torch.testing.assert_close(tower(images, 16).cells.flatten(1, 2), wanted[:, 1:])
+    torch.testing.assert_close(tower(images, 16).prefix, wanted[:, :1])
     assert tower.dim == theirs.num_classes and tuple(tower.mean) == theirs.pretrained_cfg["mean"]
 
 
@@ -223,7 +225,7 @@ def test_a_tower_stays_as_it_is(clip):
     assert {key.split(".")[0] for key in task.state_dict()} == {"other"}
     assert len(list(task.parameters())) == 2 and not list(task.buffers())
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
-    seen = tower(images, attention=True)
+    seen = tower(images, 8, attention=True)
     assert not (seen.cells.requires_grad or seen.prefix.requires_grad or seen.attention.requires_grad)
     assert not any(p.requires_grad for part in tower.parts for p in part.parameters())
     assert torch.equal(tower.parts[0].vit.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
@@ -251,7 +253,7 @@ def test_low_precision_is_of_the_matrices_alone(clip):
 METHODS_WITH_TEACHERS = {
     "eva": lambda: eva(student(), target=f"clip:{clip_file()}"),
     "milan": lambda: milan(student(), target=f"clip:{clip_file()}", **SMALL),
-    "its mask alone": lambda: milan(student(), target="normalized", teacher=f"clip:{clip_file()}", **SMALL),
+    "its mask alone": lambda: milan(student(), target="normalized", mask=f"clip:{clip_file()}", **SMALL),
 }
 
 
@@ -293,7 +295,7 @@ def test_a_teacher_sees_images_as_it_learned_to():
     def normalized(mean, std, images=photos):
         return (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
-    wanted = tower(normalized(CLIP["mean"], CLIP["std"])).cells
+    wanted = tower(normalized(CLIP["mean"], CLIP["std"]), 8).cells
     mim = eva(student(), target=f"clip:{clip_file()}")
     mim.target = target = Teacher(exact(f"clip:{clip_file()}"), 8, student())
     torch.testing.assert_close(target(normalized(CLIP["mean"], CLIP["std"])), wanted)  # unless told otherwise
@@ -302,9 +304,9 @@ def test_a_teacher_sees_images_as_it_learned_to():
     grey = photos[:, :1]
     target = Teacher(exact(f"clip:{clip_file()}"), 8, student(1))
     target.set_normalization([0.3], [0.2])
-    wanted = tower(normalized(CLIP["mean"], CLIP["std"], grey.expand(-1, 3, -1, -1))).cells
+    wanted = tower(normalized(CLIP["mean"], CLIP["std"], grey.expand(-1, 3, -1, -1)), 8).cells
     torch.testing.assert_close(target(normalized([0.3], [0.2], grey)), wanted, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="3 channels or 1, these have 5"):
+    with pytest.raises(ValueError, match="3 channels, or grey ones, not of 5"):
         Teacher(tower, 8, student(5))
 
 
@@ -316,7 +318,7 @@ def test_one_patch_is_one_cell(unit):
     cells = target(images)
     assert cells.shape == (2, 8, 4, 16)
     resized = F.interpolate(images, (64, 32), mode="bicubic", antialias=True)
-    torch.testing.assert_close(cells, target.tower(resized if unit != 8 else images).cells)
+    torch.testing.assert_close(cells, target.tower(resized if unit != 8 else images, 8).cells)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -341,7 +343,7 @@ def test_clip_is_a_target_for_every_method(method):
 
 
 def test_where_the_teacher_looks_is_shown():
-    mim = milan(student(), target="normalized", teacher=f"clip:{clip_file()}", **SMALL | {"unit": 8})
+    mim = milan(student(), target="normalized", mask=f"clip:{clip_file()}", **SMALL | {"unit": 8})
     images = torch.randn(1, 3, 32, 32)
     attention = mim.masker.teacher.look(images, attention=True).attention
     torch.manual_seed(0)
@@ -365,8 +367,11 @@ def test_the_teacher_looks_once_in_a_step(monkeypatch):
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_siglip_224"])  # the latter: no class token
 def test_milans_parts_go_with_and_without_each_other(decoder, mask, target, name):
     source = f"clip:{clip_file()}"
-    more = {"target": source} if target == "clip" else {"teacher": source}
-    mim = milan(student(name=name), **{"target": target} | more, mask=mask, decoder=decoder, **SMALL)
+    if target == "clip":
+        target = source
+    elif mask == "attention":
+        mask = source
+    mim = milan(student(name=name), target=target, mask=mask, decoder=decoder, **SMALL)
     loss = mim({"image": torch.randn(2, 3, 32, 64)})["loss"]
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in mim.parameters() if p.requires_grad)
@@ -406,12 +411,12 @@ def test_wrong_combinations_say_what_to_use(tmp_path):
     siglip = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
     blind = Tower(build_encoder("vit_base_patch16_siglip_224", **siglip), nn.Identity(), (0.5,), (0.5,))
     for build, message in [
-        (lambda: milan(vit, target="normalized", **SMALL), 'no attention to mask by: give teacher, or mask="random"'),
-        (lambda: milan(vit, target=source, mask="clip"), 'mask is "attention" or "random", not "clip"'),
-        (lambda: milan(vit, target=source, decoder="prmpt"), 'decoder is "prompt" or "plain", not "prmpt"'),
+        (lambda: milan(vit, target="normalized", **SMALL), r"needs a teacher .*give one as mask \(clip:FILE\)"),
+        (lambda: milan(vit, target=source, mask="clip"), 'mask "clip" is not attention, clip:FILE or random'),
+        (lambda: milan(vit, target=source, decoder="prmpt"), 'decoder "prmpt" not prompt or plain'),
         (lambda: milan(vit, target=source, unit=12), "12 px, .* 8 px"),
         (lambda: type(milan(vit, target=source, **SMALL).masker)(8, 0.5, Teacher(blind, 8, vit)), "class token"),
-        (lambda: eva(student(4), target=source), "3 channels or 1, these have 4"),
+        (lambda: eva(student(4), target=source), "3 channels, or grey ones, not of 4"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             build()
@@ -428,3 +433,44 @@ def test_teachers_are_read_by_a_run_and_errors_exit_with_2(tmp_path):
     found = subprocess.run(argv, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert found.returncode == 2
     assert len(found.stderr.splitlines()) == 1 and "no.pth is no teacher: it has no patch_embed" in found.stderr
+
+
+# pictures
+
+
+class Told(Teacher):
+    """A teacher that says what it is told."""
+
+    def __init__(self, truth):
+        nn.Module.__init__(self)
+        self.truth, self.unit, self.dim = truth, 16, truth.shape[3]
+
+    def forward(self, images):
+        return self.truth
+
+
+def test_features_are_drawn_in_colours():
+    """Like features in like colours, unlike in unlike; a guess by the axes of the truth, whatever its length."""
+    kinds = torch.eye(8)[:2]
+    truth = (kinds[torch.tensor([[0, 1], [0, 1], [0, 1], [1, 1]])] + 0.02 * torch.randn(3, 4, 2, 8)).abs()
+    target, images = Told(truth), torch.zeros(3, 3, 64, 32)
+    drawn = draw(target, truth, images)
+    assert drawn.shape == (3, 3, 64, 32) and drawn.min() == 0 and drawn.max() == 1
+    cells = drawn[:, :, ::16, ::16]
+    assert torch.equal(drawn, cells.repeat_interleave(16, 2).repeat_interleave(16, 3))  # a cell has one colour
+    red = cells[:, 0]  # the widest axis
+    assert (red[:, :3, 0] - red[:, :3, 1]).abs().min() > 0.8 and (red[:, :, 1] - red[:, 3:, 0]).abs().max() < 0.2
+    torch.testing.assert_close(draw(target, 7 * truth, images), drawn)
+    torch.testing.assert_close(draw(target, truth.flip(1), images)[:, :, ::16, ::16], cells.flip(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(draw(target, truth, images), drawn)
+
+
+def test_a_panel_of_a_teachers_features():
+    mim = milan(student(), target=f"clip:{clip_file()}", **SMALL)
+    pictures = reconstruct(mim, torch.randn(2, 3, 64, 32), (0, 0, 0), (1, 1, 1))
+    assert list(pictures.columns) == ["masked input", "prediction", "prediction + visible", "truth", "original"]
+    assert "Like colours are like features" in pictures.caption and "Only hidden" not in pictures.caption
+    hidden = pictures.columns["masked input"].isnan()
+    pasted, truth, guess = (pictures.columns[name] for name in ("prediction + visible", "truth", "prediction"))
+    assert torch.equal(pasted[~hidden], truth[~hidden]) and torch.equal(pasted[hidden], guess[hidden])

@@ -67,6 +67,6 @@ class Paint(nn.Module):
         return self.encoder(rearrange(painted, "b h w c -> b c h w"))
 
 
-def cover(encoder: Encoder) -> Replace | Paint:
-    """Replace hidden patches by a token, or paint them where patches overlap."""
+def cover(encoder: Encoder) -> Hide:
+    """How to hide cells from an encoder that computes them all: Replace, or Paint where patches share pixels."""
     return Paint(encoder) if encoder.overlaps else Replace(encoder)

@@ -23,14 +23,16 @@ from models.mim.target import Target, Teacher
 class AttentionMasker(nn.Module):
     """Draw the cells to show one by one, each with odds in proportion to a teacher's attention; hide the rest.
 
-    unit: side of a cell in pixels; ratio: hidden part of the cells
-    ValueError if the teacher has no class token that attends, or its cells do not fit.
+    unit: side of a cell in pixels; ratio: hidden part of the cells. ValueError if the teacher has no such attention
     """
 
-    def __init__(self, unit: int, ratio: float, teacher: Teacher):
+    def __init__(self, unit: int, ratio: float, teacher: Target):
         super().__init__()
-        if not teacher.tower.attends:
-            raise ValueError("an attention mask needs a teacher with a class token (CLIP, SLIP, DINO), unlike this one")
+        if not isinstance(teacher, Teacher) or not teacher.tower.attends:
+            raise ValueError(
+                "an attention mask needs a teacher whose class token attends to cells (CLIP, SLIP, DINO): give one as "
+                "mask (clip:FILE), or mask random"
+            )
         if unit % teacher.unit:
             raise ValueError(
                 f"the mask's cells have {unit} px, the teacher's {teacher.unit} px, which must divide them"

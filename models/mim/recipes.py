@@ -69,10 +69,8 @@ def eva(
     cell: int | None = None,
     least: int = 16,
 ) -> MIM:
-    """EVA (Fang et al., 2023): a token stands in for hidden blocks, one linear layer guesses what CLIP sees there.
-
-    least: cells of the smallest block
-    """
+    """EVA (Fang et al., 2023): a token stands in for hidden blocks of at least `least` cells, one linear layer guesses
+    what CLIP sees there."""
     truth = build_target(target, cell or encoder.strides[-1], encoder)
     masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
     return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cosine)
@@ -85,33 +83,25 @@ def milan(
     target: str = CLIP.format("base_patch16"),
     cell: int | None = None,
     mask: str = "attention",
-    teacher: str | None = None,
     decoder: str = "prompt",
     depth: int = 8,
     width: int = 512,
     heads: int = 16,
 ) -> MIM:
-    """MILAN (Hou et al., 2022): CLIP says what is true and, by its attention, what to show; see milan.py.
+    """MILAN (Hou et al., 2022): CLIP says what is true and, by where it looks, what to show; see milan.py.
 
-    mask:    "attention" or "random"
-    teacher: whose attention it is where the target is not a teacher itself
-    decoder: "prompt" or "plain", which is MAE's
+    mask:    by the "attention" of the target or, as clip:FILE, of another teacher; or "random"
+    decoder: "prompt" or, as MAE's, "plain"
     """
-    if mask not in ("attention", "random") or decoder not in ("prompt", "plain"):
+    if (":" not in mask and mask not in ("attention", "random")) or decoder not in ("prompt", "plain"):
         raise ValueError(
-            f'mask is "attention" or "random", not "{mask}"; decoder is "prompt" or "plain", not "{decoder}"'
+            f'mask "{mask}" is not attention, clip:FILE or random, or decoder "{decoder}" not prompt or plain'
         )
-    truth = build_target(target, cell or encoder.strides[-1], encoder)
-    taught = isinstance(truth, Teacher)
-    if mask == "random":
-        masker = RandomMasker(unit or encoder.strides[-1], ratio)
-    elif taught or teacher is not None:
-        seer = truth if teacher is None else build_target(teacher, truth.unit, encoder)
-        masker = AttentionMasker(unit or encoder.strides[-1], ratio, seer)
-    else:
-        raise ValueError(f'the target "{target}" has no attention to mask by: give teacher, or mask="random"')
+    truth, unit = build_target(target, cell or encoder.strides[-1], encoder), unit or encoder.strides[-1]
+    teacher = build_target(mask, truth.unit, encoder) if ":" in mask else truth
+    masker = RandomMasker(unit, ratio) if mask == "random" else AttentionMasker(unit, ratio, teacher)
     head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads)
-    if taught:
+    if isinstance(truth, Teacher):
         return MILAN(masker, Skip(encoder), head, truth, cosine, over_all)
     return MIM(masker, Skip(encoder), head, truth, l2)
 

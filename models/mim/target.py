@@ -120,18 +120,13 @@ class HOG(Target):
 
 
 class Teacher(Target):
-    """What a frozen tower sees in each cell (EVA, MILAN): the image is resized so that one of its patches is one cell.
-
-    Grey images are shown in grey. ValueError if the tower knows nothing of the encoder's channels.
-    """
+    """What a frozen tower sees in each cell of `unit` px (EVA, MILAN). ValueError if it cannot read such channels."""
 
     def __init__(self, tower: Tower, unit: int, encoder: Encoder):
         super().__init__()
         if encoder.in_chans not in (1, tower.in_chans):
-            raise ValueError(
-                f"a teacher looks at images of {tower.in_chans} channels or 1, these have {encoder.in_chans}: choose "
-                "another target, or data.in_chans"
-            )
+            raise ValueError(f"the teacher reads images of {tower.in_chans} channels, or grey ones, not of "
+                             f"{encoder.in_chans}: choose another target or data.in_chans")  # fmt: skip
         self.tower, self.unit, self.dim = tower, unit, tower.dim
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -140,13 +135,9 @@ class Teacher(Target):
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         return self.look(images).cells
 
-    @torch.no_grad()
     def look(self, images: Float[Tensor, "B C H W"], attention: bool = False) -> Tokens:
-        """All that the tower says, its attention only if asked for."""
-        size = [side // self.unit * self.tower.patch for side in images.shape[-2:]]
-        if self.unit != self.tower.patch:
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
-        return self.tower(images.expand(-1, self.tower.in_chans, -1, -1), attention)
+        """All that the tower says; its attention only if asked for."""
+        return self.tower(images, self.unit, attention)
 
 
 def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:

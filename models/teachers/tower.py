@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from timm.models.vision_transformer import Attention
@@ -71,18 +72,24 @@ class Tower(nn.Module):
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "B C H W"], attention: bool = False) -> Tokens:
-        """(B, in_chans, H, W) -> Tokens of (H / patch, W / patch) cells, in float32."""
-        encoder, project = self.parts
+    def forward(self, images: Float[Tensor, "B C H W"], unit: int, attention: bool = False) -> Tokens:
+        """(B, in_chans or 1, H, W) -> Tokens of (H / unit, W / unit) cells, in float32.
+
+        Images are resized so that one patch is one cell of `unit` px.
+        """
+        (encoder, project), images = self.parts, images.float()
+        grid = [side // unit for side in images.shape[-2:]]
+        if unit != self.patch:
+            size = [cells * self.patch for cells in grid]
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        images = images.expand(-1, self.in_chans, -1, -1) * self.scale + self.shift
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = encoder.embed(images.float() * self.scale + self.shift)  # (B, h, w, C)
-            x, p, hints = encoder.enter(tokens)  # (B, P + h w, C)
+            x, p, hints = encoder.enter(encoder.embed(images))  # (B, P + h w, C)
             for block, told in zip(encoder.vit.blocks, hints):
                 before, x = x, block(x, **told)
             x = project(encoder.vit.norm(x)).float()
-            looks = class_attention(encoder.vit.blocks[-1], before)[:, p:] if attention else None
-        grid = tokens.shape[1:3]
-        return Tokens(x[:, p:].unflatten(1, grid), x[:, :p], looks.unflatten(1, grid) if attention else None)
+            looks = class_attention(encoder.vit.blocks[-1], before)[:, p:].unflatten(1, grid) if attention else None
+        return Tokens(x[:, p:].unflatten(1, grid), x[:, :p], looks)
 
     def _apply(self, fn, recurse=True):
         """Take the parts along to where the tower goes."""
