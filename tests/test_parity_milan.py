@@ -46,7 +46,7 @@ def test_milan():
     grid = [side // patch for side in images.shape[-2:]]
     encoder = vit(args, position="sincos")
     target = Told(given["clip_features"], patch, grid)
-    size = args["decoder_depth"], args["decoder_embed_dim"], args["decoder_num_heads"]
+    size = args["decoder_depth"], args["decoder_embed_dim"], args["decoder_num_heads"], args.get("mlp_ratio", 4.0)
     masker = Given(expected["mask"].unflatten(1, grid), patch)
     mim = MILAN(masker, Skip(encoder), PromptDecoder(encoder, target, *size), target, cosine, over_all).eval()
     load_method_state(mim, "milan", state)

@@ -3,6 +3,7 @@
 import functools
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -148,7 +149,9 @@ def scripted(state, path):
                 place.add_module(owner, Node())
             place = place._modules[owner]
         place.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    torch.jit.save(torch.jit.script(root), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of PyTorch advise against the format
+        torch.jit.save(torch.jit.script(root), path)
 
 
 def write(content, path):

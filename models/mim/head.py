@@ -88,6 +88,7 @@ class Decoder(nn.Module):
         return self.norm(self.decode(x, mask))
 
     def decode(self, x: Float[Tensor, "B n C"], mask: Mask) -> Float[Tensor, "B n C"]:
+        """The blocks, in which every token reads all others."""
         return self.blocks(x)
 
 

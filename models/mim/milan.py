@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -68,10 +66,10 @@ class PromptAttention(nn.Module):
 class PromptBlock(nn.Module):
     """A transformer's block of which a part of the tokens, the prompt, is read as it is and never changed."""
 
-    def __init__(self, width: int, heads: int, norm: partial):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float):
         super().__init__()
-        self.norm1, self.attn = norm(width), PromptAttention(width, heads)
-        self.norm2, self.mlp = norm(width), Mlp(width, 4 * width)
+        self.norm1, self.attn = nn.LayerNorm(width, eps), PromptAttention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps), Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Float[Tensor, "B n C"], prompt: Float[Tensor, "B m C"]) -> Float[Tensor, "B n C"]:
         own = self.norm1(x)
@@ -82,10 +80,11 @@ class PromptBlock(nn.Module):
 class PromptDecoder(Decoder):
     """A decoder that works on hidden cells alone; what the encoder made of the visible ones prompts it."""
 
-    def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16):
+    def __init__(
+        self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4
+    ):
         super().__init__(encoder, target, 0, width, heads)
-        norm = partial(nn.LayerNorm, eps=norm_eps(encoder))
-        self.blocks = nn.ModuleList(PromptBlock(width, heads, norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(PromptBlock(width, heads, mlp_ratio, norm_eps(encoder)) for _ in range(depth))
         xavier(self.blocks)
 
     def decode(self, x: Float[Tensor, "B n C"], mask: Mask) -> Float[Tensor, "B n C"]:
