@@ -60,6 +60,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     seed(run.seed)
     channels = found.train.channels
     task = method(channels).to(device)
+    task.set_normalization(batches.mean, batches.std)
     encoder = task.encoder
     encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)

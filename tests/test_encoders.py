@@ -21,7 +21,9 @@ CASES = {  # a name of timm's: arguments that make it small
     "deit_tiny_distilled_patch16_224": PLAIN,  # two prefix tokens
     "beit_base_patch16_224": PLAIN,  # a table of relative positions for each block
     "beitv2_base_patch16_224": PLAIN | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    "eva_giant_patch14_224": PLAIN,  # queries and values have biases, keys none
     "eva02_tiny_patch14_224": PLAIN,  # rotary and absolute positions
+    "eva02_base_patch14_224": PLAIN,  # norms inside attention and MLP
     "vit_small_patch16_dinov3": PLAIN,  # rotary positions, registers
     "swin_tiny_patch4_window7_224": WINDOWS,
     "swinv2_tiny_window8_256": WINDOWS,

@@ -10,6 +10,7 @@ from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
 from models.mim.recipes import METHODS, TARGETS, mae, maskfeat, mixmim, simmim
+from tests.towers import clip_file
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -169,12 +170,20 @@ BUILT = {  # a small encoder for each method, and arguments that make the method
     "mixmim": ("mixmim_base", WINDOWS | {"embed_dim": 32}, TRANSFORMER | {"unit": 32}),
     "fcmae": ("convnextv2_atto", STAGES, {"width": 32}),
     "spark": ("resnet50", RESIDUAL, {"width": 64}),
+    "eva": ("eva02_tiny_patch14_224", PLAIN, {"unit": 16, "least": 2}),
+    "milan": (*VIT, TRANSFORMER),
 }
+TAUGHT = ("eva", "milan")
 
 
 def built(method, in_chans=3, **args):
     torch.manual_seed(0)
     name, sizes, small = BUILT[method.__name__]
+    if method.__name__ in TAUGHT:
+        known, source = in_chans <= 3, f"clip:{clip_file()}"  # a teacher knows no other images
+        if method.__name__ == "milan":
+            args |= {"mask": "random"} if not known else {"mask": source} if "target" in args else {}
+        args = {"target": source if known else "normalized"} | args
     return method(build_encoder(name, in_chans, **sizes), **small, **args)
 
 

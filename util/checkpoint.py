@@ -47,7 +47,8 @@ def load(folder: Path, task: nn.Module, optimizer: Optimizer, scaler: torch.amp.
     paths = [folder / name for name in (LAST, BEFORE) if (folder / name).exists()]
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: processes of a machine share what they read, and no tensor is in memory twice
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises half a dozen kinds for a file that is cut short
             log(f"{path} cannot be read ({dist.first_line(error)}); trying the one before it")
             continue

@@ -46,7 +46,8 @@ class ViT(Encoder):
         if not model_entrypoint(name).__module__.endswith(".beit"):
             timm_args = {"dynamic_img_size": True, **timm_args}  # rotary angles are then made for any grid
         pool = "token" if "_distilled_" in name else ""  # without pooling, timm leaves nothing after the final norm
-        self.vit = vit = timm.create_model(name, in_chans=in_chans, num_classes=0, global_pool=pool, **timm_args)
+        timm_args = {"num_classes": 0, "global_pool": pool} | timm_args
+        self.vit = vit = timm.create_model(name, in_chans=in_chans, **timm_args)
         shorten(vit, drop_last)
         self.in_chans, self.width, self.normed = in_chans, vit.embed_dim, final_norm
         self.patch = square(vit.patch_embed.patch_size, name)
@@ -86,23 +87,29 @@ class ViT(Encoder):
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         vit, (b, h, w, _) = self.vit, tokens.shape
-        prefix, position = self.prefix_and_position(h, w)
-        x = tokens.flatten(1, 2) + position
         seen = None if mask is None else mask.visible(self.patch)  # (B, n)
-        if seen is not None:
-            seen_channels = seen[..., None].expand(-1, -1, self.width)
-            x = x.gather(1, seen_channels)
-        x = vit.norm_pre(vit.pos_drop(torch.cat([prefix.expand(b, -1, -1), x], 1)))  # (B, P + n, C)
-        p, taps = prefix.shape[1], []
-        for i, (block, hints) in enumerate(zip(vit.blocks, self.hints(h, w, p, seen))):
-            x = checkpoint(block, x, use_reentrant=False, **hints) if self.checkpointing else block(x, **hints)
+        x, p, hints = self.enter(tokens, seen)
+        taps = []
+        for i, (block, told) in enumerate(zip(vit.blocks, hints)):
+            x = checkpoint(block, x, use_reentrant=False, **told) if self.checkpointing else block(x, **told)
             if i in self.taps:
                 taps.append(vit.norm(x))
         maps = [tap[:, p:] for tap in taps]
         if seen is not None:  # back to their places, zeros where hidden
-            maps = [m.new_zeros(b, h * w, self.width).scatter(1, seen_channels, m) for m in maps]
+            places = seen[..., None].expand(-1, -1, self.width)
+            maps = [m.new_zeros(b, h * w, self.width).scatter(1, places, m) for m in maps]
         maps = [rearrange(m, "b (h w) c -> b c h w", h=h) for m in maps]
         return Features(maps, taps[-1][:, :p] if p else None)
+
+    def enter(self, tokens: Float[Tensor, "B h w D"], seen: Tensor | None = None) -> tuple[Tensor, int, list[dict]]:
+        """What the blocks read, of all places or those `seen` (B, n): (B, P + n, C), P, and the hints for each."""
+        vit, (b, h, w, _) = self.vit, tokens.shape
+        prefix, position = self.prefix_and_position(h, w)
+        x, p = tokens.flatten(1, 2) + position, prefix.shape[1]
+        if seen is not None:
+            x = x.gather(1, seen[..., None].expand(-1, -1, self.width))
+        x = vit.norm_pre(vit.pos_drop(torch.cat([prefix.expand(b, -1, -1), x], 1)))
+        return x, p, self.hints(h, w, p, seen)
 
     def prefix_and_position(self, h: int, w: int) -> tuple[Tensor, Tensor]:
         """The prefix tokens with their positions (1, P, C), and the positions of an h x w grid (1, h * w, C)."""

@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
+from models.encoders.released.archive import read_archive
 from models.encoders.released.common import DERIVED, State
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.resize import STEM, fit
 
+UNREADABLE = SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 
 
 def load_encoder(
@@ -79,7 +84,7 @@ def load_normalization(source: str) -> dict:
     """The {"mean", "std", ...} by which images were normalised when the encoder of `source` was trained."""
     kind, path = parse(source)
     if kind:
-        return dict(IMAGENET)
+        return dict(CLIP if kind in ("clip", "open_clip") else IMAGENET)
     metadata = read(path)[1]
     if "normalization" not in metadata:
         raise ValueError(f"{path} does not say how its images were normalised")
@@ -107,11 +112,12 @@ def read(path: Path) -> tuple[State, dict[str, str]]:
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE stores its options beside the weights
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            mapped = zipfile.is_zipfile(path)  # then only what is used is read
+            content = read_archive(path) or torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    except UNREADABLE as error:
         why = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path} cannot be read, it may be cut short: {why}") from error
-    for key in ("model", "model_state", "state_dict", "module"):
+    for key in ("model", "model_state", "state_dict", "module", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
@@ -134,6 +140,7 @@ def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, Stat
     rename, describe = released.source(kind, state)
     check_derived(state)
     try:
+        state = released.prepare(kind, state)
         name, args = describe(state)
     except KeyError as error:
         raise ValueError(f"{path} is no checkpoint of {kind}: it has no {error.args[0]}") from error

@@ -71,6 +71,11 @@ class Decoder(nn.Module):
         self.fill = Fill(width) if fill else None
 
     def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w D"]:
+        h, w = features.maps[-1].shape[-2:]
+        return self.cells(self.tokens(features, mask)[:, -h * w :].unflatten(1, (h, w)))
+
+    def tokens(self, features: Features, mask: Mask) -> Float[Tensor, "B n C"]:
+        """What `cells` reads of the prefix and, after it, of every cell in raster order: (B, P + h w, width)."""
         x = self.project(self.read(features))
         _, h, w, _ = x.shape
         if self.fill is not None:
@@ -80,8 +85,11 @@ class Decoder(nn.Module):
         x = x.flatten(1, 2)
         if features.prefix is not None:
             x = torch.cat([self.project(features.prefix), x], 1)
-        x = self.norm(self.blocks(x))[:, -h * w :]
-        return self.cells(x.unflatten(1, (h, w)))
+        return self.norm(self.decode(x, mask))
+
+    def decode(self, x: Float[Tensor, "B n C"], mask: Mask) -> Float[Tensor, "B n C"]:
+        """The blocks, in which every token reads all others."""
+        return self.blocks(x)
 
     def read(self, features: Features) -> Float[Tensor, "B h w C"]:
         return rearrange(features.maps[-1], "b c h w -> b h w c")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from models.encoders.encoder import Encoder
 from models.mim.conv_head import ConvDecoder, UNetDecoder
 from models.mim.head import Decoder, FuseDecoder, LinearHead, Unmix
 from models.mim.hide import Mix, Paint, Skip, cover
-from models.mim.loss import l1, l2, over_all
+from models.mim.loss import cosine, l1, l2, over_all
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
-from models.mim.target import HOG, LocalPixels, Pixels, Target
+from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
+from models.mim.target import HOG, LocalPixels, Pixels, Target, Teacher
+from models.teachers.load import load_teacher
+
+CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 
 # fmt: off
 
@@ -74,16 +80,56 @@ def spark(encoder: Encoder, ratio: float = 0.59, unit: int = 32, target: str = "
     return MIM(RandomMasker(unit, ratio), Skip(encoder), UNetDecoder(encoder, truth, width), truth, l2)
 
 
+def eva(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, target: str = CLIP.format("large_patch14"),
+        cell: int | None = None, least: int = 16) -> MIM:
+    """EVA (Fang et al., 2023): a token stands in for blocks of patches, one linear layer guesses what CLIP sees there.
+
+    least: cells of the smallest block
+    """
+    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cosine)
+
+
+def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target: str = CLIP.format("base_patch16"),
+          cell: int | None = None, mask: str = "attention", decoder: str = "prompt",
+          depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+    """MILAN (Hou et al., 2022): CLIP says what is true and, by where it looks, what to show; see milan.py.
+
+    mask:    by the "attention" of the target or, as clip:FILE, of another teacher; or "random"
+    decoder: "prompt" or, as MAE's, "plain"
+    """
+    if (":" not in mask and mask not in ("attention", "random")) or decoder not in ("prompt", "plain"):
+        raise ValueError(
+            f'mask "{mask}" is not attention, clip:FILE or random, or decoder "{decoder}" not prompt or plain'
+        )
+    truth, unit = build_target(target, cell or encoder.strides[-1], encoder), unit or encoder.strides[-1]
+    teacher = build_target(mask, truth.unit, encoder) if ":" in mask else truth
+    masker = RandomMasker(unit, ratio) if mask == "random" else AttentionMasker(unit, ratio, teacher)
+    head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads)
+    if isinstance(truth, Teacher):
+        return MILAN(masker, Skip(encoder), head, truth, cosine, over_all)
+    return MIM(masker, Skip(encoder), head, truth, l2)
+
+
 # fmt: on
 
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark)}
+METHODS = {
+    method.__name__: method for method in (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark, eva, milan)
+}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
-    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog"."""
+    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog".
+
+    Any name with a colon is a teacher, see `load_teacher`; it is built where the encoder is.
+    """
+    if ":" in name:
+        with torch.device(next(encoder.parameters()).device):
+            return Teacher(load_teacher(name), unit, encoder)
     if name not in TARGETS:
-        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}')
+        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}, clip:FILE and timm:NAME')
     if name == "hog":
         return HOG(unit, encoder.in_chans)
     if name == "local":

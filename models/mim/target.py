@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from models.encoders.encoder import Encoder
+from models.teachers.tower import Tokens, Tower
 
 FLAT = 1e-4  # a gradient below it is rounding: a hundredth of one step of an 8-bit image
 
@@ -26,6 +30,9 @@ class Target(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
         raise NotImplementedError
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell with which mean and std of each channel the images are normalised, to those who ask."""
 
 
 class Pixels(Target):
@@ -110,6 +117,27 @@ class HOG(Target):
             if self.normalize:
                 cells = F.normalize(cells, dim=-1)
         return rearrange(cells, "b c h w n -> b h w (c n)")
+
+
+class Teacher(Target):
+    """What a frozen tower sees in each cell of `unit` px (EVA, MILAN). ValueError if it cannot read such channels."""
+
+    def __init__(self, tower: Tower, unit: int, encoder: Encoder):
+        super().__init__()
+        if encoder.in_chans not in (1, tower.in_chans):
+            raise ValueError(f"the teacher reads images of {tower.in_chans} channels, or grey ones, not of "
+                             f"{encoder.in_chans}: choose another target or data.in_chans")  # fmt: skip
+        self.tower, self.unit, self.dim = tower, unit, tower.dim
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.tower.set_normalization(mean, std)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
+        return self.look(images).cells
+
+    def look(self, images: Float[Tensor, "B C H W"], attention: bool = False) -> Tokens:
+        """All that the tower says; its attention only if asked for."""
+        return self.tower(images, self.unit, attention)
 
 
 def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:

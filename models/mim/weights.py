@@ -13,7 +13,7 @@ from models.encoders.released.convnext import BLOCK, dense, substitute
 from models.encoders.released.derived import check_derived
 from models.encoders.weights import named
 from models.mim.method import MIM
-from models.mim.target import HOG
+from models.mim.target import HOG, Pixels
 
 TRANSFORMER = (
     (r"^decoder_embed\.", "head.project."),
@@ -23,6 +23,7 @@ TRANSFORMER = (
 )
 HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
+    "milan": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
     "hiera": (
@@ -59,6 +60,7 @@ def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
 CELLS_FIRST, CHANNELS_FIRST = "(p y q x c)", "(c p y q x)"
 ORDER = {
     "mae": CELLS_FIRST,
+    "milan": CELLS_FIRST,
     "fastmim": CELLS_FIRST,
     "simmim": CHANNELS_FIRST,
     "mixmim": CELLS_FIRST,
@@ -105,6 +107,8 @@ def in_our_order(mim: MIM, kind: str, key: str, value: Tensor) -> Tensor:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
         return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)
+    if not isinstance(target, Pixels):
+        return value
     sizes = {"p": split, "q": split, "y": target.unit, "x": target.unit, "c": channels}
     return rearrange(value, f"{ORDER[kind]} ... -> (p q y x c) ...", **sizes)
 

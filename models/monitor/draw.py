@@ -1,4 +1,4 @@
-"""How a target's numbers are drawn: pixels as pixels, histograms as strokes."""
+"""How a target's numbers are drawn: pixels as pixels, histograms as strokes, a teacher's features as colours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from functools import singledispatch
 
 import torch
-from einops import rearrange, reduce
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from models.mim.target import HOG, LocalPixels, Pixels, Target, mean_and_spread
+from models.mim.target import HOG, LocalPixels, Pixels, Target, Teacher, mean_and_spread
 
 GLYPH = 12  # least pixels of a cell's glyph, so that it can be read
 
@@ -55,6 +56,18 @@ def _(target: HOG, cells: Tensor, images: Tensor) -> Tensor:
     return rearrange(drawn, "b h p w q -> b 1 (h p) (w q)").clamp(0, 1)
 
 
+@draw.register
+def _(target: Teacher, cells: Tensor, images: Tensor) -> Tensor:
+    """Directions of features along the three principal axes of what is true in these images, as red, green and blue."""
+    truth = F.normalize(target(images).flatten(0, 2), dim=1)
+    with torch.autocast(images.device.type, enabled=False):
+        axes = torch.linalg.eigh(truth.T.cov()).eigenvectors[:, -3:].flip(1)  # (D, 3), the widest first
+        low, high = torch.quantile(truth @ axes, truth.new_tensor([0.02, 0.98]), dim=0)
+        places = F.normalize(cells.float(), dim=-1) @ axes
+    colours = ((places - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    return repeat(colours, "b h w c -> b c (h p) (w q)", p=target.unit, q=target.unit)
+
+
 def edge_strokes(bins: int, side: int, device: torch.device) -> Float[Tensor, "bins side side"]:
     """A line through a cell's centre for each orientation, along the edge that votes for it: (bins, side, side)."""
     # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
@@ -70,6 +83,8 @@ def legend(target: Target) -> str:
     """What one must know to read the pictures of a target."""
     if isinstance(target, HOG):
         return "Strokes follow the edges in a cell; dim ones are a hesitant guess."
+    if isinstance(target, Teacher):
+        return "Like colours are like features: the three main axes of what the teacher sees in these images."
     if isinstance(target, LocalPixels):
         return "Mean and contrast around each guessed pixel are borrowed from the original."
     if isinstance(target, Pixels) and target.normalize:

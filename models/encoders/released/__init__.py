@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
@@ -16,6 +17,7 @@ from models.encoders.released.spark import (
     spark_resnet,
 )
 from models.encoders.released.swin import describe_swin, swin
+from models.encoders.released.tower import describe_tower, tower, unify
 from models.encoders.released.vit import describe_vit, vit
 
 Rename = Callable[[str], str | None]  # our key for an official one; None if it is not the encoder's
@@ -34,12 +36,23 @@ SOURCES: dict[str, Callable[[State], tuple[Rename, Describe]]] = {
         else (spark_convnext, describe_spark_convnext)
     ),
     "mixmim": lambda state: (mixmim, describe_mixmim),
+    "milan": lambda state: VIT,
+    "clip": lambda state: (tower, describe_tower),
+    "open_clip": lambda state: (tower, partial(describe_tower, quick=False)),  # LAION's and DataComp's: exact GELU
+    "slip": lambda state: (tower, describe_tower),
+    "dino": lambda state: (tower, describe_tower),
 }
+TOWERS = ("clip", "open_clip", "slip", "dino")
 
 
 def source(kind: str, state: State) -> tuple[Rename, Describe]:
     """The renaming and the description for a checkpoint of a kind."""
     return SOURCES[kind](state)
+
+
+def prepare(kind: str, state: State) -> State:
+    """The state in whose keys the renaming of a kind is written; KeyError names what is missing."""
+    return unify(state) if kind in TOWERS else state
 
 
 def holds_stages(state: State) -> bool:

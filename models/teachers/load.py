@@ -1,0 +1,99 @@
+"""Teachers by name: a file on disk, whoever wrote it, or a model of timm's hub."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from models.encoders import released
+from models.encoders.build import build_encoder
+from models.encoders.released.tower import is_clip
+from models.encoders.weights import CLIP, IMAGENET, load_state, read
+from models.teachers.tower import Tower
+
+
+def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | None = None) -> Tower:
+    """The tower of a file or of timm's hub, on the default device; on the meta device, its shapes alone.
+
+    source: "clip:FILE", of OpenAI (state dict or TorchScript), open_clip, MILAN, transformers or timm, with CLIP's
+            quick GELU; "open_clip:FILE", the same with exact GELU (LAION, DataComp); "slip:FILE", "dino:FILE"; or
+            "timm:NAME", a plain transformer of timm's with its weights
+    dtype:  of the weight matrices, see Tower
+    heads:  of attention; by default as published for the tower's width
+
+    ValueError in one line if there is no such source, or it cannot be read or is no teacher.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "timm":
+        return from_hub(rest, dtype)
+    if kind not in released.TOWERS:
+        kinds = ", ".join(f"{kind}:FILE" for kind in released.TOWERS)
+        raise ValueError(f'no teacher is called "{source}"; there are {kinds} and timm:NAME')
+    if not Path(rest).is_file():
+        raise ValueError(f"there is no teacher at {rest}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
+    return from_file(kind, Path(rest), dtype, heads)
+
+
+def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> Tower:
+    try:
+        state = released.prepare(kind, read(path)[0])
+        rename, describe = released.source(kind, state)
+        name, args = describe(state)
+    except KeyError as error:
+        raise ValueError(f"{path} is no teacher: it has no {error.args[0]}") from error
+    args["num_heads"] = heads or args["num_heads"]
+    if args["num_heads"] is None:
+        raise ValueError(f"{path} does not tell how many attention heads it has: load_teacher takes `heads`")
+    device, in_chans = torch.get_default_device(), state["patch_embed.proj.weight"].shape[1]
+    state = {key: value.to(device) for key, value in state.items()}
+    encoder = build_encoder(name, in_chans, **args)
+    try:
+        load_state(encoder, {rename(key): value for key, value in state.items() if rename(key)})
+    except ValueError as error:
+        why = str(error).removesuffix("; allow_partial loads what fits")
+        raise ValueError(f"{path} is no whole teacher: {why}") from error
+    norm = CLIP if is_clip(state) else IMAGENET
+    head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
+    return Tower(encoder, projection(head, encoder.width, path), norm["mean"], norm["std"], dtype)
+
+
+def projection(head: released.State, width: int, path: Path) -> nn.Module:
+    """The linear layer of a "weight" (dim, width) and "bias"; nothing if there are none."""
+    if not head:
+        return nn.Identity()
+    dim, into = head["weight"].shape
+    if into != width:
+        raise ValueError(f"{path} is no teacher: its tower gives {width} channels, its projection takes {into}")
+    linear = nn.Linear(width, dim, "bias" in head)
+    linear.load_state_dict(head)
+    return linear
+
+
+def from_hub(name: str, dtype: torch.dtype) -> Tower:
+    if not timm.models.is_model_pretrained(name):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
+        raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near)}')
+    with torch.device("meta"):  # what cannot teach is told before it is fetched
+        whole = timm.create_model(name)
+    if not hasattr(whole, "blocks") or not hasattr(whole, "cls_token"):
+        raise ValueError(f"{name} is no plain transformer, as a teacher has to be")
+    if isinstance(whole.norm, nn.Identity):
+        raise ValueError(f"{name} was trained for classes, on the mean of its tokens: take one that was not fine-tuned")
+    facts = get_pretrained_cfg(name)
+    dim = facts.num_classes if "clip" in facts.architecture and "_ft_" not in facts.tag else 0
+    args = {"pretrained": torch.get_default_device().type != "meta"}
+    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.safetensors"
+    if file.is_file():
+        args["pretrained_cfg_overlay"] = {"file": str(file)}
+    try:
+        encoder = build_encoder(name, num_classes=dim, **args)
+    except Exception as error:  # of many kinds, without network
+        what, why = facts.hf_hub_filename or "model.safetensors", " ".join(str(error).split())[:120]
+        raise ValueError(f"timm:{name} cannot be loaded; put {what} of {facts.hf_hub_id} in {file}: {why}") from error
+    project, encoder.vit.head = encoder.vit.head, nn.Identity()
+    return Tower(encoder, project, facts.mean, facts.std, dtype)
