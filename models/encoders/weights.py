@@ -21,6 +21,7 @@ from models.encoders.released.derived import check_derived
 from models.encoders.resize import STEM, fit
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+OTHERWISE = {"beit": {"mean": [0.5] * 3, "std": [0.5] * 3}}  # released weights that saw images normalised otherwise
 
 
 def load_encoder(
@@ -29,7 +30,8 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
-                   "convnextv2:" and the path of a checkpoint of that repository, whose sizes are read off its tensors
+                   "beit:", "beitv2:", "convnextv2:" and the path of a checkpoint of that repository, whose sizes are
+                   read off its tensors
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
     changes:       arguments that differ from the file's, such as img_size, window_size, in_chans, drop_path_rate;
@@ -61,7 +63,7 @@ def load_normalization(source: str) -> dict:
     """The {"mean", "std", ...} by which images were normalised when the encoder of `source` was trained."""
     kind, path = parse(source)
     if kind:
-        return dict(IMAGENET)
+        return dict(OTHERWISE.get(kind, IMAGENET))
     metadata = read(path)[1]
     if "normalization" not in metadata:
         raise ValueError(f"{path} does not say how its images were normalised")

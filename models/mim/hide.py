@@ -65,3 +65,8 @@ class Paint(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
         painted = self.fill(rearrange(images, "b c h w -> b h w c"), mask.at(1))
         return self.encoder(rearrange(painted, "b h w c -> b c h w"))
+
+
+def cover(encoder: Encoder) -> Hide:
+    """How to hide cells from an encoder that computes them all: Replace, or Paint where patches share pixels."""
+    return Paint(encoder) if encoder.overlaps else Replace(encoder)

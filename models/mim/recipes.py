@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from models.encoders.encoder import Encoder
+from models.mim.beitv2 import PatchAggregation
 from models.mim.head import Decoder, LinearHead
-from models.mim.hide import Paint, Replace, Skip
-from models.mim.loss import l1, l2
-from models.mim.masker import RandomMasker
+from models.mim.hide import Paint, Replace, Skip, cover
+from models.mim.loss import cross_entropy, l1, l2
+from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
-from models.mim.target import HOG, LocalPixels, Pixels, Target
+from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target
+from models.teachers.load import load_tokenizer
+from models.teachers.vqkd import VQKD
 
 
 def mae(
@@ -55,8 +58,36 @@ def fastmim(
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
+def beit(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None) -> MIM:
+    """BEiT (Bao et al., 2022): blocks are hidden, one linear layer guesses the id that a tokenizer gives each cell."""
+    truth = Codebook(load_tokenizer(tokenizer), encoder.strides[-1], encoder.in_chans)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cross_entropy)
+
+
+def beitv2(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None, depth: int = 2) -> MIM:
+    """BEiT v2 (Peng et al., 2022): as BEiT, with ids of VQ-KD and a second guess that needs the class token."""
+    truth = Codebook(load_tokenizer(tokenizer), encoder.strides[-1], encoder.in_chans)
+    masker = BlockMasker(unit or encoder.strides[-1], ratio)
+    return MIM(masker, cover(encoder), PatchAggregation(encoder, truth, depth), truth, cross_entropy)
+
+
+def vqkd(
+    encoder: Encoder,
+    target: str = "pixels",
+    vocabulary: int = 8192,
+    dim: int = 32,
+    depth: int = 3,
+    width: int = 768,
+    heads: int = 12,
+) -> VQKD:
+    """VQ-KD (Peng et al., 2022): not masked, it trains BEiT v2's tokenizer to tell what a teacher, its target, sees."""
+    truth = build_target(target, encoder.strides[-1], encoder)
+    return VQKD(encoder, truth, vocabulary, dim, depth, width, heads)
+
+
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {method.__name__: method for method in (mae, simmim, fastmim)}
+METHODS = {method.__name__: method for method in (mae, simmim, fastmim, beit, beitv2, vqkd)}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:

@@ -20,10 +20,13 @@ TRANSFORMER = (
     (r"^decoder_norm\.", "head.norm."),
     (r"^decoder_pred\.", "head.cells.linear."),
 )
+BEIT = ((r"^mask_token$", "hide.fill.token"), (r"^lm_head\.", "head.cells.linear."))
 HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
     "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
+    "beit": BEIT,
+    "beitv2": (*BEIT, (r"^cls_pt_layers\.", "head.blocks."), (r"^norm\.", "head.norm.")),
 }
 
 
@@ -76,7 +79,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
 def in_our_order(mim: MIM, kind: str, value: Tensor) -> Tensor:
     """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
     split, target, channels = mim.head.cells.split, mim.target, mim.encoder.in_chans
-    if len(value) != split**2 * target.dim:
+    if kind not in ORDER or len(value) != split**2 * target.dim:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
         return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)
