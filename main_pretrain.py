@@ -25,7 +25,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from models.mim.recipes import METHODS
     from models.monitor.health import FEW, health, verdict
     from models.monitor.picture import reconstruct
-    from models.teachers.load import find
+    from models.teachers.tokenizers import find
     from models.transfer.frozen import features, knn
     from util import checkpoint, dist, start
     from util.data.loader import read_schedule
@@ -60,7 +60,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     seed(run.seed)
     channels = found.train.channels
     task = method(channels).to(device)
-    task.target.set_normalization(batches.mean, batches.std)
+    task.set_normalization(batches.mean, batches.std)
     encoder = task.encoder
     encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)

@@ -56,8 +56,10 @@ def dvae_state(in_chans=3, width=8, blocks=1, vocabulary=48):
             shapes |= {f"{name}.res_path.conv_{j}": (inside if j == 1 else inner, inner, 3) for j in (1, 2, 3)}
             shapes |= {f"{name}.res_path.conv_4": (inner, outside, 1)}
     shapes |= {"output.conv": (dims[-1], vocabulary, 1)}
-    weights = {f"blocks.{name}.w": (b, a, side, side) for name, (a, b, side) in shapes.items()}
-    return drawn(weights | {f"blocks.{name}.b": (b,) for name, (_, b, _) in shapes.items()})
+    state = drawn({f"blocks.{name}.b": (b,) for name, (_, b, _) in shapes.items()}, std=0.1)
+    for name, (a, b, side) in shapes.items():  # weights that keep the spread, so that images matter
+        state |= drawn({f"blocks.{name}.w": (b, a, side, side)}, len(state), (2 / (a * side**2)) ** 0.5)
+    return state
 
 
 def tiny_tokenizer(folder, kind="dvae", **sizes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
@@ -42,6 +44,12 @@ class MIM(nn.Module):
     @property
     def encoder(self) -> Encoder:
         return self.hide.encoder
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell all who ask with which mean and std of each channel the images are normalised."""
+        for part in self.modules():
+            if isinstance(part, Target):
+                part.set_normalization(mean, std)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"image": (B, C, H, W)} -> {"loss": scalar}"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from models.encoders.encoder import Encoder
 from models.mim.beitv2 import PatchAggregation
 from models.mim.head import Decoder, LinearHead
@@ -10,7 +12,7 @@ from models.mim.loss import cross_entropy, l1, l2
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target
-from models.teachers.load import load_tokenizer
+from models.teachers.tokenizers import load_tokenizer
 from models.teachers.vqkd import VQKD
 
 
@@ -60,15 +62,13 @@ def fastmim(
 
 def beit(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None) -> MIM:
     """BEiT (Bao et al., 2022): blocks are hidden, one linear layer guesses the id that a tokenizer gives each cell."""
-    truth = Codebook(load_tokenizer(tokenizer), encoder.strides[-1], encoder.in_chans)
-    masker = BlockMasker(unit or encoder.strides[-1], ratio)
+    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
     return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cross_entropy)
 
 
 def beitv2(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None, depth: int = 2) -> MIM:
     """BEiT v2 (Peng et al., 2022): as BEiT, with ids of VQ-KD and a second guess that needs the class token."""
-    truth = Codebook(load_tokenizer(tokenizer), encoder.strides[-1], encoder.in_chans)
-    masker = BlockMasker(unit or encoder.strides[-1], ratio)
+    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
     return MIM(masker, cover(encoder), PatchAggregation(encoder, truth, depth), truth, cross_entropy)
 
 
@@ -99,3 +99,9 @@ def build_target(name: str, unit: int, encoder: Encoder) -> Target:
     if name == "local":
         return LocalPixels(unit, encoder.in_chans)
     return Pixels(unit, encoder.in_chans, normalize=name == "normalized")
+
+
+def build_codebook(tokenizer: str, encoder: Encoder) -> Codebook:
+    """The ids that the tokenizer of a source gives to the encoder's cells; it is built where the encoder is."""
+    with torch.device(next(encoder.parameters()).device):
+        return Codebook(load_tokenizer(tokenizer, encoder.in_chans), encoder.strides[-1], encoder.in_chans)

@@ -31,7 +31,7 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Tell by which mean and std of each channel images in [0, 1] are normalised, to a target that must know."""
+        """Tell with which mean and std of each channel the images are normalised, to those who ask."""
 
 
 class Pixels(Target):

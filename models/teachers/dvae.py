@@ -37,12 +37,16 @@ class DVAE(Tokenizer):
     def codes(self) -> Tensor:
         return self.blocks["output"]["conv"].weight.flatten(1)
 
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
+    def logits(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V h w"]:
+        """A score for each id, in float32, as near ties are many."""
         x = self.blocks["input"](images)
         for k in range(1, GROUPS + 1):
             x = self.blocks[f"group_{k}"](x if k == 1 else F.max_pool2d(x, 2))
-        with torch.autocast(x.device.type, enabled=False):  # near ties are many: the choice is made in float32
-            return self.blocks["output"]["conv"](x.float().relu()).argmax(1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.blocks["output"]["conv"](x.float().relu())
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
+        return self.logits(images).argmax(1)
 
 
 class Block(nn.Module):

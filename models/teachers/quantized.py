@@ -31,10 +31,11 @@ class Quantized(Tokenizer):
         encoder: Encoder,
         vocabulary: int = 8192,
         dim: int = 32,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
-        super().__init__(encoder.in_chans, encoder.strides[-1], vocabulary, mean, std)
+        half = [0.5] * encoder.in_chans
+        super().__init__(encoder.in_chans, encoder.strides[-1], vocabulary, mean or half, std or half)
         width = encoder.dims[-1]
         self.encoder = encoder
         self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -48,6 +50,10 @@ class VQKD(nn.Module):
     @property
     def encoder(self) -> Encoder:
         return self.tokenizer.encoder
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell the target with which mean and std of each channel the images are normalised."""
+        self.target.set_normalization(mean, std)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"image": (B, C, H, W)} -> {"loss", its parts "distance" and "commitment", "perplexity", "used"}.

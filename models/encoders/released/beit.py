@@ -31,7 +31,7 @@ def describe_simmim_vit(state: State) -> tuple[str, dict]:
         "use_abs_pos_emb": "pos_embed" in state,
         "use_rel_pos_bias": each is not None,
         "use_shared_rel_pos_bias": shared is not None,
-        "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
+        "init_values": 0.1 if "blocks.0.gamma_1" in state else 0.0,  # timm takes None for its default
         "qkv_bias": "blocks.0.attn.q_bias" in state,
     }
     table = shared if each is None else each

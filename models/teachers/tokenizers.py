@@ -16,18 +16,20 @@ RELEASED = {"dvae": dvae.from_state, "vqkd": quantized.from_state}
 CONVERT = "import torch; torch.save(torch.load('{0}', 'cpu', weights_only=False).state_dict(), '{0}.pt')"
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
     """The tokenizer of a file, frozen and in evaluation mode.
 
     source: "dvae:" and the path of the state of DALL-E's encoder, "vqkd:" and that of a released VQ-KD tokenizer, or
             the folder of a run of method vqkd; sizes are read off the tensors
 
-    On the meta device the file need not be there: then the published sizes are built. ValueError in one line if it
-    cannot be read or does not fit.
+    On the meta device no file is read, the published sizes are built for `in_chans` channels. ValueError in one line
+    if the file cannot be read or does not fit.
     """
+    if torch.get_default_device().type == "meta":
+        if source.startswith("dvae:"):
+            return dvae.DVAE(in_chans)
+        return quantized.Quantized(build_encoder("vit_base_patch16_224", in_chans))
     kind, path = find(source)
-    if not path.is_file():
-        return dvae.DVAE() if kind == "dvae" else quantized.Quantized(build_encoder("vit_base_patch16_224"))
     try:
         state, metadata = read(path)
         tokenizer, ours = RELEASED[kind](state) if kind else quantized.from_run(state, metadata)
@@ -45,24 +47,18 @@ def load_tokenizer(source: str) -> Tokenizer:
     wrong += [key for key in ours if key not in own]
     if wrong:
         raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}{named('tensors that do not fit', wrong)}")
-    if not on_meta():
-        tokenizer.load_state_dict(ours)
+    tokenizer.load_state_dict(ours)
     return tokenizer.eval().requires_grad_(False)
 
 
 def find(source: str) -> tuple[str, Path]:
-    """The kind of a source, empty for our own, and its path. ValueError if there is no file, but on the meta device."""
+    """The kind of a source, empty for our own, and its path. ValueError if there is no file."""
     kind, _, rest = source.partition(":")
     if kind not in RELEASED:
         kind, rest = "", source
     path = Path(rest)
     path = path / "tokenizer.safetensors" if path.is_dir() else path
-    if not path.is_file() and not on_meta():
+    if not path.is_file():
         raise ValueError(f"there is no tokenizer at {path}: give dvae:FILE (DALL-E's encoder), vqkd:FILE (BEiT v2's) "
                          "or the folder of a run of method vqkd")  # fmt: skip
     return kind, path
-
-
-def on_meta() -> bool:
-    """Whether modules are built for their shapes alone."""
-    return torch.get_default_device().type == "meta"
