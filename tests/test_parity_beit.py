@@ -171,5 +171,5 @@ def test_beitv2_says_what_encoder_it_needs(more):
     with pytest.raises(ValueError, match=r"taps: \[8, -1\].*final_norm: false") as error:
         PatchAggregation(beitv2_encoder(**more), Ids(None, PATCH, VOCABULARY))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="2 blocks follow the early map, depth 3 needs as many"):
+    with pytest.raises(ValueError, match="depth 3 needs as many blocks after the early map, not 2"):
         PatchAggregation(beitv2_encoder(), Ids(None, PATCH, VOCABULARY), depth=3)

@@ -132,7 +132,7 @@ def test_a_tokenizer_sees_colours_between_black_and_white():
 
 
 def test_other_channels_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="reads images of 3 channels, or grey ones, not 5") as error:
+    with pytest.raises(ValueError, match="reads images of 3 channels or 1, these have 5") as error:
         beit(build_encoder("vit_base_patch16_224", 5, **PLAIN), tiny_tokenizer(tmp_path))
     assert "\n" not in str(error.value)
     five = load_tokenizer(tiny_tokenizer(tmp_path, in_chans=5))

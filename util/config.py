@@ -142,7 +142,7 @@ class Pretrain:
 
     Args:
         encoder: any plain or hierarchical backbone of timm, and its arguments
-        method: mae, simmim or fastmim, and its arguments
+        method: mae, simmim, fastmim, beit or beitv2, or vqkd to train a tokenizer, and its arguments
     """
 
     encoder: Part

@@ -1,4 +1,4 @@
-"""BEiT v2's head: two guesses, of which one has but the class token to learn what the whole image is."""
+"""BEiT v2's head, which makes the class token carry what the whole image is."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from models.mim.target import Target
 
 
 class PatchAggregation(nn.Module):
-    """Guess from the last map, and again from an early map and the last class token through `depth` blocks.
+    """Two guesses: of the last map, and of an early one and the last class token through `depth` blocks (BEiT v2).
 
-    (Peng et al., 2022.) The blocks are like, and begin as, those that follow the early one in the encoder, share its
-    relative positions, and both guesses share norm and linear layer: (B, h, w, 2, dim).
-
-    ValueError unless the encoder is a plain transformer that gives an early and the last map, both without a norm.
+    The blocks begin as those that follow the early map in the encoder, and are told the same of places; the guesses
+    share the norm and the linear layer. ValueError unless the encoder gives these two maps, without a norm.
     """
 
     def __init__(self, encoder: Encoder, target: Target, depth: int = 2):
@@ -34,9 +32,7 @@ class PatchAggregation(nn.Module):
         self.after = slice(taps[0] + 1, taps[0] + 1 + depth)
         self.blocks = copy.deepcopy(encoder.vit.blocks[self.after])
         if len(self.blocks) < depth:
-            raise ValueError(
-                f"{len(self.blocks)} blocks follow the early map, depth {depth} needs as many: tap earlier"
-            )
+            raise ValueError(f"depth {depth} needs as many blocks after the early map, not {len(self.blocks)}")
         self.hints = encoder.hints
         self.norm = nn.LayerNorm(encoder.width, norm_eps(encoder))
         self.cells = Cells(encoder.width, encoder.strides[-1], target.unit, target.dim)

@@ -119,18 +119,16 @@ class HOG(Target):
 
 
 class Codebook(Target):
-    """The class id that a frozen tokenizer gives to each cell (BEiT); `dim` is its vocabulary.
+    """The class id that a frozen tokenizer gives to each cell (BEiT), in its surroundings' precision.
 
-    It runs in the precision of its surroundings. ValueError for images of other channels than the tokenizer's, unless
-    they are grey, and outside of training, as before it begins, for ids beyond its vocabulary.
+    ValueError for images of other channels than the tokenizer's, unless they are grey; and outside of training, as
+    before it begins, for ids beyond the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, unit: int, in_chans: int = 3):
         super().__init__()
         if in_chans not in (1, tokenizer.in_chans):
-            raise ValueError(
-                f"the tokenizer reads images of {tokenizer.in_chans} channels, or grey ones, not {in_chans}"
-            )
+            raise ValueError(f"the tokenizer reads images of {tokenizer.in_chans} channels or 1, these have {in_chans}")
         self.tokenizer, self.unit, self.dim = tokenizer.eval().requires_grad_(False), unit, tokenizer.vocabulary
         self.register_buffer("mean", torch.zeros(in_chans, 1, 1))
         self.register_buffer("std", torch.ones(in_chans, 1, 1))
