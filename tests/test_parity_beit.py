@@ -15,10 +15,11 @@ from models.mim.head import LinearHead
 from models.mim.hide import cover
 from models.mim.loss import cross_entropy
 from models.mim.method import MIM
+from models.mim.recipes import beit as beit_method
 from models.mim.target import Target
 from models.mim.weights import load_method_state
 from tests.official import Given, beit, check, check_gradients, golden, losses_with_gradients
-from tests.tokenizers import block_shapes, drawn
+from tests.tokenizers import block_shapes, drawn, tiny_tokenizer
 
 
 class Ids(Target):
@@ -66,6 +67,17 @@ def test_an_encoder_is_read_off_a_pretrained_beit(tmp_path):
     assert len(encoder.vit.blocks) == args["depth"] and encoder(given["imgs"]).maps[-1].isfinite().all()
     assert load_normalization(f"beit:{tmp_path}/beit.pth")["mean"] == [0.5] * 3  # of ImageNet-22k, where they are from
     assert load_normalization(f"beitv2:{tmp_path}/beit.pth")["mean"][0] == 0.485
+
+
+def test_a_method_with_its_tokenizer_takes_the_weights(tmp_path):
+    facts, state, given, _ = golden("beit")
+    args = UNSAID | facts["constructor"]["args"]
+    mim = beit_method(beit(args), tiny_tokenizer(tmp_path, vocabulary=args["vocab_size"]))
+    n = sum(not key.startswith("target.") for key in mim.state_dict())
+    assert load_method_state(mim, "beit", state) == f"method {n}/{n} tensors"
+    assert mim({"image": given["imgs"]})["loss"].isfinite()
+    with pytest.raises(ValueError, match="missing 1: head.cells.linear.bias"):
+        load_method_state(mim, "beit", {k: v for k, v in state.items() if k != "lm_head.bias"})
 
 
 # BEiT v2

@@ -54,7 +54,8 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     """
     rename, _ = released.source(kind, state)
     check_derived(state)
-    own, ours, unread, misfits = mim.state_dict(), {}, [], []
+    own = {key: value for key, value in mim.state_dict().items() if not key.startswith("target.")}  # which is frozen
+    ours, unread, misfits = {}, [], []
     for key, value in state.items():
         new = method_key(kind, key, rename)
         if key == "decoder_pos_embed":
@@ -72,7 +73,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
     if wrong:
         raise ValueError(f"the weights do not fit: {line}{wrong}")
-    mim.load_state_dict(ours)
+    mim.load_state_dict(ours, strict=False)
     return line
 
 
