@@ -19,37 +19,40 @@ def main(argv: list[str] | None = None) -> None:
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     """One run of a config, from its beginning or from where its folder left it; gives the final figures."""
     import torch  # heavy imports come once the config is known to be right
+    from torch import nn
 
     from models.encoders.build import build_encoder
-    from models.mim.method import MIM
     from models.mim.recipes import METHODS
     from models.monitor.health import FEW, health, verdict
     from models.monitor.picture import reconstruct
+    from models.teachers.tokenizers import find
     from models.transfer.frozen import features, knn
     from util import checkpoint, dist, start
     from util.data.loader import read_schedule
-    from util.data.transforms import RandomCrop
+    from util.data.transforms import Augment
     from util.optim import build_optimizer
     from util.train import seed, train
     from util.visualize import panel, save_panel
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
     start.check(data, optim, run)
-    if data.augment != "none" or data.jitter or data.erase:
-        raise UserError("pretraining crops and flips, no more: leave out data.augment, data.jitter and data.erase")
+    if data.augment != "none" or data.erase:
+        raise UserError("pretraining crops, flips and jitters, no more: leave out data.augment and data.erase")
     size = read_schedule(data.size)[0][1]
 
-    def method(channels: int) -> MIM:
+    def method(channels: int) -> nn.Module:
         with start.told("encoder"):
             encoder = build_encoder(config.encoder.name, channels, **{"img_size": size} | config.encoder.args)
         return build("method", config.method, METHODS, encoder)
 
     with torch.device("meta"):
         mim = method(data.in_chans or 3)  # so that a wrong name or argument is told before all images are looked at
-    dist.init(run.device)
-    per_device = run.per_device or data.batch // dist.world()
-    if mim.pairs and per_device % 2:
-        raise UserError(f"{config.method.name} pairs the images of a batch: run.per_device {per_device} has to be even")
+    if getattr(mim, "pairs", False):
+        dist.init(run.device)
+        start.check_pairs(config.method.name, data, run)
+    if "tokenizer" in config.method.args:
+        with start.told("tokenizer"):
+            find(config.method.args["tokenizer"])  # on the meta device nothing was read
     device, log = start.begin(run, plain)
     try:
         found = start.find_data(data, run.seed, True, None, log)
@@ -66,8 +69,9 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     start.try_sizes(task, data, channels, device)
     start.describe(config.encoder.name, encoder, channels, size, log)
 
-    crop = RandomCrop(data.scale, flip=data.flip, interpolation=data.interpolation)
-    loader = batches.train(crop)
+    crop = {"scale": data.scale, "flip": data.flip, "interpolation": data.interpolation}
+    depth = {"channels": channels, "bits": found.survey.bits}
+    loader = batches.train(Augment(batches.mean, batches.std, None, data.jitter, 0, **crop, **depth))
     lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
     optimizer = build_optimizer(
         task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
@@ -90,9 +94,10 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
             log.picture(step, "reconstruction", sheet)
             if dist.rank() == 0:
                 save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
-        checkpoint.export(
-            folder / "encoder.safetensors", encoder, {"mean": batches.mean, "std": batches.std, "size": size}
-        )
+        normalization = {"mean": batches.mean, "std": batches.std, "size": size}
+        checkpoint.export(folder / "encoder.safetensors", encoder, normalization)
+        if hasattr(task, "tokenizer"):
+            checkpoint.export(folder / "tokenizer.safetensors", task.tokenizer, normalization)
         return figures
 
     figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "models/encoders": {"models.encoders"},
-    "models/teachers": {"models.encoders", "models.teachers"},
+    "models/teachers": {"models.encoders", "models.teachers", "util.dist"},
     "models/mim": {"models.encoders", "models.teachers", "models.mim", "util.dist"},
     "models/monitor": {"models.encoders", "models.mim", "models.monitor", "util.dist"},
     "models/transfer": {"models.encoders", "models.transfer", "util.dist"},

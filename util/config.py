@@ -154,7 +154,7 @@ class Pretrain:
 
     Args:
         encoder: any plain or hierarchical backbone of timm, and its arguments
-        method: a method of the README's table, such as mae, and its arguments
+        method: a method of the README's table, such as mae, or vqkd to train a tokenizer, and its arguments
     """
 
     encoder: Part

@@ -74,6 +74,15 @@ def check(data: Data, optim: Optim, run: Run) -> None:
         raise UserError(f"data.std is {data.std}, but has to be above 0 in every channel")
 
 
+def check_pairs(method: str, data: Data, run: Run) -> None:
+    """UserError if images are left without a partner in a method that pairs those of a forward pass."""
+    passes = [few for _, few in read_changes("run.per_device", run.per_device) if few]
+    passes = passes or [batch // dist.world() for _, batch in read_changes("data.batch", data.batch)]
+    odd = next((few for few in passes if few % 2), None)
+    if odd is not None:
+        raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
+
+
 def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
     """Join the other processes, claim the run's folder, open its log."""
     device = dist.init(run.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ class ViT(Encoder):
         self,
         name: str,
         in_chans: int = 3,
-        taps: tuple[int, ...] = (-1,),
+        taps: Sequence[int] = (-1,),
         position: str = "learned",
         init: str = "timm",
         final_norm: bool = True,

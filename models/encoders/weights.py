@@ -27,6 +27,8 @@ from models.encoders.resize import STEM, fit
 UNREADABLE = SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+OTHERWISE = {"clip": CLIP, "open_clip": CLIP, "beit": HALF}  # released weights whose images were not ImageNet's way
 
 
 def load_encoder(
@@ -84,7 +86,7 @@ def load_normalization(source: str) -> dict:
     """The {"mean", "std", ...} by which images were normalised when the encoder of `source` was trained."""
     kind, path = parse(source)
     if kind:
-        return dict(CLIP if kind in ("clip", "open_clip") else IMAGENET)
+        return dict(OTHERWISE.get(kind, IMAGENET))
     metadata = read(path)[1]
     if "normalization" not in metadata:
         raise ValueError(f"{path} does not say how its images were normalised")

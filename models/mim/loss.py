@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Cells = Float[Tensor, "B h w D"]
@@ -27,6 +27,13 @@ def l2(guess: Cells, truth: Cells) -> Errors:
 def cosine(guess: Cells, truth: Cells) -> Errors:
     """2 - 2 cos of each cell: the squared distance of unit vectors (MILAN, EVA up to scale and shift)."""
     return 2 - 2 * F.cosine_similarity(guess.float(), truth.float(), dim=-1)
+
+
+def cross_entropy(guess: Float[Tensor, "B h w *guesses V"], ids: Int[Tensor, "B h w"]) -> Errors:
+    """Minus the log of each class id's probability (BEiT); the errors of several guesses add up (BEiT v2)."""
+    guesses = guess.shape[3:-1].numel()
+    each = F.cross_entropy(guess.float().flatten(0, -2), ids.flatten().repeat_interleave(guesses), reduction="none")
+    return each.view(*ids.shape, guesses).sum(-1)
 
 
 def over_hidden(error: Errors, hidden: Bool[Tensor, "B h w"]) -> Float[Tensor, ""]:

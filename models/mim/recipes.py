@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 
 from models.encoders.encoder import Encoder
+from models.mim.beitv2 import PatchAggregation
 from models.mim.conv_head import ConvDecoder, UNetDecoder
 from models.mim.head import Decoder, FuseDecoder, LinearHead, Unmix
 from models.mim.hide import Mix, Paint, Skip, cover
-from models.mim.loss import cosine, l1, l2, over_all
+from models.mim.loss import cosine, cross_entropy, l1, l2, over_all
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
-from models.mim.target import HOG, LocalPixels, Pixels, Target, Teacher
+from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target, Teacher
 from models.teachers.load import load_teacher
+from models.teachers.tokenizers import load_tokenizer
+from models.teachers.vqkd import VQKD
 
 CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 
@@ -112,12 +115,29 @@ def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target
     return MIM(masker, Skip(encoder), head, truth, l2)
 
 
+def beit(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None) -> MIM:
+    """BEiT (Bao et al., 2022): blocks are hidden, one linear layer guesses the id that a tokenizer gives each cell."""
+    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
+    return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cross_entropy)
+
+
+def beitv2(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None, depth: int = 2) -> MIM:
+    """BEiT v2 (Peng et al., 2022): as BEiT, with ids of VQ-KD and a second guess that needs the class token."""
+    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
+    return MIM(masker, cover(encoder), PatchAggregation(encoder, truth, depth), truth, cross_entropy)
+
+
+def vqkd(encoder: Encoder, target: str = CLIP.format("base_patch16"), vocabulary: int = 8192, dim: int = 32,
+         depth: int = 3, width: int = 768, heads: int = 12) -> VQKD:
+    """VQ-KD (Peng et al., 2022): not masked, it trains BEiT v2's tokenizer to tell what a teacher, its target, sees."""
+    return VQKD(encoder, build_target(target, encoder.strides[-1], encoder), vocabulary, dim, depth, width, heads)
+
+
 # fmt: on
 
 TARGETS = ("pixels", "normalized", "local", "hog")
-METHODS = {
-    method.__name__: method for method in (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark, eva, milan)
-}
+ALL = (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark, eva, milan, beit, beitv2, vqkd)
+METHODS = {method.__name__: method for method in ALL}
 
 
 def build_target(name: str, unit: int, encoder: Encoder) -> Target:
@@ -135,3 +155,9 @@ def build_target(name: str, unit: int, encoder: Encoder) -> Target:
     if name == "local":
         return LocalPixels(unit, encoder.in_chans)
     return Pixels(unit, encoder.in_chans, normalize=name == "normalized")
+
+
+def build_codebook(tokenizer: str, encoder: Encoder) -> Codebook:
+    """The ids that the tokenizer of a source gives to the encoder's cells; it is built where the encoder is."""
+    with torch.device(next(encoder.parameters()).device):
+        return Codebook(load_tokenizer(tokenizer, encoder.in_chans), encoder.strides[-1], encoder.in_chans)

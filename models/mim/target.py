@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.encoders.encoder import Encoder
+from models.teachers.tokenizer import Tokenizer
 from models.teachers.tower import Tokens, Tower
 
 FLAT = 1e-4  # a gradient below it is rounding: a hundredth of one step of an 8-bit image
@@ -27,8 +28,8 @@ class Target(nn.Module):
     unit: int
     dim: int
 
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
-        """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient."""
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"] | Int[Tensor, "B h w"]:
+        """(B, C, H, W) -> (B, H / unit, W / unit, dim), in full precision and without gradient; or class ids."""
         raise NotImplementedError
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -138,6 +139,37 @@ class Teacher(Target):
     def look(self, images: Float[Tensor, "B C H W"], attention: bool = False) -> Tokens:
         """All that the tower says; its attention only if asked for."""
         return self.tower(images, self.unit, attention)
+
+
+class Codebook(Target):
+    """The class id that a frozen tokenizer gives to each cell (BEiT), in its surroundings' precision.
+
+    ValueError for images of other channels than the tokenizer's, unless they are grey; and outside of training, as
+    before it begins, for ids beyond the vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, unit: int, in_chans: int = 3):
+        super().__init__()
+        if in_chans not in (1, tokenizer.in_chans):
+            raise ValueError(f"the tokenizer reads images of {tokenizer.in_chans} channels or 1, these have {in_chans}")
+        self.tokenizer, self.unit, self.dim = tokenizer.eval().requires_grad_(False), unit, tokenizer.vocabulary
+        self.register_buffer("mean", torch.zeros(in_chans, 1, 1))
+        self.register_buffer("std", torch.ones(in_chans, 1, 1))
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values).view(-1, 1, 1))
+
+    def train(self, mode: bool = True) -> Codebook:
+        super().train(mode).tokenizer.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
+        ids = self.tokenizer.tokenize(images.float() * self.std + self.mean, self.unit)
+        if not self.training and ids.max() >= self.dim:
+            raise ValueError(f"the tokenizer gave the id {ids.max()}, its vocabulary is {self.dim}")
+        return ids
 
 
 def mean_and_spread(cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ TRANSFORMER = (
     (r"^decoder_norm\.", "head.norm."),
     (r"^decoder_pred\.", "head.cells.linear."),
 )
+BEIT = ((r"^mask_token$", "hide.fill.token"), (r"^lm_head\.", "head.cells.linear."))
 HEADS = {  # what lies beside the encoder: official key, ours
     "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
     "milan": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
@@ -40,6 +41,8 @@ HEADS = {  # what lies beside the encoder: official key, ours
         (r"^decoder\.(\d+\..*)", lambda found: f"head.blocks.{substitute(BLOCK, found[1])}"),
     ),
     "mixmim": ((r"^mask_token$", "head.head.fill.token"), *((old, f"head.{new}") for old, new in TRANSFORMER)),
+    "beit": BEIT,
+    "beitv2": (*BEIT, (r"^cls_pt_layers\.", "head.blocks."), (r"^norm\.", "head.norm.")),
 }
 
 
@@ -76,7 +79,8 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     """
     rename, _ = released.source(kind, state)
     check_derived(state)
-    own, ours, unread, misfits = mim.state_dict(), {}, [], []
+    own = {key: value for key, value in mim.state_dict().items() if not key.startswith("target.")}  # which is frozen
+    ours, unread, misfits = {}, [], []
     for key, value in state.items():
         new = method_key(kind, key, rename)
         if key == "decoder_pos_embed" and new is None:
@@ -95,7 +99,7 @@ def load_method_state(mim: MIM, kind: str, state: State) -> str:
     wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
     if wrong:
         raise ValueError(f"the weights do not fit: {line}{wrong}")
-    mim.load_state_dict(ours)
+    mim.load_state_dict(ours, strict=False)
     return line
 
 
@@ -103,7 +107,7 @@ def in_our_order(mim: MIM, kind: str, key: str, value: Tensor) -> Tensor:
     """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
     cells = mim.get_submodule(key.partition(".linear.")[0])
     split, target, channels = cells.split, mim.target, mim.encoder.in_chans
-    if len(value) != split**2 * target.dim:
+    if kind not in ORDER or len(value) != split**2 * target.dim:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
         return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)

@@ -8,22 +8,22 @@ from functools import singledispatch
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from models.mim.target import HOG, LocalPixels, Pixels, Target, Teacher, mean_and_spread
+from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target, Teacher, mean_and_spread
 
 GLYPH = 12  # least pixels of a cell's glyph, so that it can be read
 
 
 @singledispatch
 def draw(
-    target: Target, cells: Float[Tensor, "B h w D"], images: Float[Tensor, "B C H W"]
+    target: Target, cells: Shaped[Tensor, "B h w *D"], images: Float[Tensor, "B C H W"]
 ) -> Float[Tensor, "B _ rows columns"] | None:
     """Cells of a target's numbers as a picture; None if there is none for such a target.
 
     Numbers that stand for pixels give (B, C, H, W) on the scale of `images`; others signs (B, 1 or 3, n H, n W) in
-    [0, 1], for a whole n.
+    [0, 1], for a whole n. Of a target that gives class ids, cells are ids (B, h, w), or scores of all ids as guessed.
     """
     return None
 
@@ -68,6 +68,23 @@ def _(target: Teacher, cells: Tensor, images: Tensor) -> Tensor:
     return repeat(colours, "b h w c -> b c (h p) (w q)", p=target.unit, q=target.unit)
 
 
+@draw.register
+def _(target: Codebook, cells: Tensor, images: Tensor) -> Tensor:
+    """Each id in its colour; a guess in the mean of all colours, weighted by how likely it takes each id to be."""
+    colours = palette(target.tokenizer.codes)
+    painted = (cells.softmax(-1) @ colours).float() if cells.is_floating_point() else colours[cells]
+    painted = painted if painted.ndim == 4 else painted.mean(3)  # of several guesses
+    return repeat(painted, "b h w c -> b c (h p) (w q)", p=target.unit, q=target.unit)
+
+
+def palette(codes: Float[Tensor, "V D"]) -> Float[Tensor, "V 3"]:
+    """A colour in [0, 1] for each vector: its rank along each of the three directions in which they spread the most."""
+    centred = codes.double() - codes.double().mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    ranks = (centred @ directions).argsort(0).argsort(0) / max(len(codes) - 1, 1)
+    return F.pad(ranks, (0, 3 - ranks.shape[1]), value=0.5)
+
+
 def edge_strokes(bins: int, side: int, device: torch.device) -> Float[Tensor, "bins side side"]:
     """A line through a cell's centre for each orientation, along the edge that votes for it: (bins, side, side)."""
     # bin k holds atan2(across, down) in [k, k + 1) / bins * pi; the edge runs at right angles to the gradient
@@ -85,6 +102,8 @@ def legend(target: Target) -> str:
         return "Strokes follow the edges in a cell; dim ones are a hesitant guess."
     if isinstance(target, Teacher):
         return "Like colours are like features: the three main axes of what the teacher sees in these images."
+    if isinstance(target, Codebook):
+        return "Ids have colours, like ones for like ids; a guess mixes those of the ids it expects: grey if unsure."
     if isinstance(target, LocalPixels):
         return "Mean and contrast around each guessed pixel are borrowed from the original."
     if isinstance(target, Pixels) and target.normalize:

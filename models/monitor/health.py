@@ -21,7 +21,7 @@ COLLAPSED = 0.01  # a spread below it; bfloat16 alone makes 0.004 of features th
 
 
 @torch.no_grad()
-def health(mim: MIM, batches: Iterable[dict[str, Tensor]], seed: int = 0) -> dict[str, float]:
+def health(mim: nn.Module, batches: Iterable[dict[str, Tensor]], seed: int = 0) -> dict[str, float]:
     """Figures of a method on held-out images, no labels needed.
 
     batches: {"image": (B, C, H, W)} as in training, on the device; of several processes, each brings its own
@@ -30,7 +30,7 @@ def health(mim: MIM, batches: Iterable[dict[str, Tensor]], seed: int = 0) -> dic
     mean_fill:     the same loss if the guess is the image with hidden pixels in the mean colour of the visible ones,
     bilinear_fill: or with hidden pixels interpolated from the visible ones,
     mean_cell:     or if every cell's guess is the mean of the image's visible cells, in the target's own numbers.
-                   These three are left out for targets that are class ids
+                   These three are left out for targets that are class ids, and where nothing is hidden
     rank:          effective rank of the feature vectors: exp of the entropy of their normalised singular values after
                    centring (RankMe, Garrido et al. 2023); at most min(dim, images - 1)
     spread:        mean standard deviation of the features' directions, times sqrt(dim): 0 if collapsed, at most 1
@@ -101,14 +101,17 @@ class Spectrum:
         return {"rank": rank.item(), "spread": spread.item(), "dim": float(dim), "images": n}
 
 
-def trivial_losses(mim: MIM, images: Tensor) -> list[Tensor]:
-    """The loss of each trivial guess, under the mask drawn next; NaN if the target gives class ids.
+def trivial_losses(mim: nn.Module, images: Tensor) -> list[Tensor]:
+    """The loss of each trivial guess, under the mask drawn next; NaN if there is no mask or the target gives ids.
 
     Where images are encoded in pairs, visible cells are guessed from the hidden ones too.
     """
+    none = [images.new_tensor(math.nan)] * len(TRIVIAL)
+    if not isinstance(mim, MIM):
+        return none
     mask, truth = mim.masker(images), mim.target(images)
     if not truth.is_floating_point():
-        return [images.new_tensor(math.nan)] * len(TRIVIAL)
+        return none
     cells = mask.at(mim.target.unit)
     guesses = trivial_guesses(mim.target, images, truth, mask)
     if mim.pairs:

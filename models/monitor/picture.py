@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from einops import repeat
+from torch import Tensor, nn
 
 from models.mim.loss import over_hidden
 from models.mim.method import MIM
@@ -30,21 +31,22 @@ class Pictures:
 
 @torch.no_grad()
 def reconstruct(
-    mim: MIM, images: Tensor, mean: Sequence[float], std: Sequence[float], seed: int = 0
+    mim: nn.Module, images: Tensor, mean: Sequence[float], std: Sequence[float], seed: int = 0
 ) -> Pictures | None:
-    """What `mim` sees of images (B, C, H, W), what it guesses, and what is true; None if its target has no pictures.
+    """What `mim` sees of images (B, C, H, W), what it guesses, and what is true.
+
+    None if its target has no pictures, or if it is no masked image modeling.
 
     mean, std: per channel, with which the images were normalised; they also set black and white, for data that use a
     small part of their range. Masks depend on `seed` alone; modes and random numbers are afterwards as they were.
     """
     target = mim.target
-    if draw.dispatch(type(target)) is draw.dispatch(Target):
+    if not isinstance(mim, MIM) or draw.dispatch(type(target)) is draw.dispatch(Target):
         return None
     with still(mim, seed):
         mask = mim.masker(images)
         guess = mim.head(mim.hide(images, mask), mask).float()
         truth = target(images)
-    pasted = torch.where(mask.at(target.unit)[..., None], guess, truth)
 
     black, white = tones(mean, std)
 
@@ -57,9 +59,12 @@ def reconstruct(
         return photo(drawn) if isinstance(target, Pixels) else drawn.cpu()
 
     columns = {"masked input": photo(images.masked_fill(mask.at(1)[:, None], math.nan))}
-    columns |= {"prediction": show(guess), "prediction + visible": show(pasted)}
+    guess, truth = show(guess), show(truth)
+    pixels = truth.shape[-1] // mask.cells.shape[-1]  # of a masked cell, as drawn
+    hidden = repeat(mask.cells.cpu(), "b h w -> b 1 (h p) (w q)", p=pixels, q=pixels)
+    columns |= {"prediction": guess, "prediction + visible": torch.where(hidden, guess, truth)}
     if not isinstance(target, Pixels):
-        columns["truth"] = show(truth)
+        columns["truth"] = truth
     columns["original"] = photo(images)
     return Pictures(columns, caption(mim, black, white))
 

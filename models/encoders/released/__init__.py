@@ -28,6 +28,8 @@ SOURCES: dict[str, Callable[[State], tuple[Rename, Describe]]] = {
     "mae": lambda state: SWIN if holds_stages(state) else VIT,
     "simmim": lambda state: SWIN if holds_stages(state) else SIMMIM_VIT,
     "fastmim": lambda state: SWIN if holds_stages(state) else VIT,
+    "beit": lambda state: SIMMIM_VIT,
+    "beitv2": lambda state: SIMMIM_VIT,
     "convnextv2": lambda state: (convnext, describe_convnext),
     "hiera": lambda state: (hiera, describe_hiera),
     "spark": lambda state: (

@@ -1,4 +1,4 @@
-"""SimMIM's plain transformers, which are BEiT's."""
+"""SimMIM's and BEiT's plain transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.encoders.released.common import DERIVED, OTHERS, SIZES, State, plain
 
 
 def simmim_vit(key: str) -> str | None:
-    """SimMIM's ViT: one relative position table for all blocks, or one for each."""
+    """SimMIM's and BEiT's ViT: one relative position table for all blocks, or one for each."""
     key = key.removeprefix("encoder.")
     if key.startswith(OTHERS) or key.endswith(DERIVED):
         return None
@@ -22,7 +22,7 @@ def table_name(found: re.Match) -> str:
 
 
 def describe_simmim_vit(state: State) -> tuple[str, dict]:
-    """As `describe_vit`, for SimMIM's ViT."""
+    """As `describe_vit`, for SimMIM's and BEiT's ViT."""
     state = {key.removeprefix("encoder."): value for key, value in state.items()}
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     shared = state.get("rel_pos_bias.relative_position_bias_table")
@@ -31,7 +31,7 @@ def describe_simmim_vit(state: State) -> tuple[str, dict]:
         "use_abs_pos_emb": "pos_embed" in state,
         "use_rel_pos_bias": each is not None,
         "use_shared_rel_pos_bias": shared is not None,
-        "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
+        "init_values": 0.1 if "blocks.0.gamma_1" in state else 0.0,  # timm takes None for its default
         "qkv_bias": "blocks.0.attn.q_bias" in state,
     }
     table = shared if each is None else each

@@ -13,7 +13,8 @@ from models.encoders.layers import sincos
 
 State = dict[str, Tensor]
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers: computed, not learned
-OTHERS = ("decoder", "mask_token", "fc_norm.", "head.")  # what a checkpoint holds beside its encoder
+# what a checkpoint holds beside its encoder
+OTHERS = ("decoder", "mask_token", "fc_norm.", "head.", "lm_head.", "cls_pt_layers.")
 MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning at 384 px stretches its positions
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 

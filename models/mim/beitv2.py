@@ -1,0 +1,47 @@
+"""BEiT v2's head, which makes the class token carry what the whole image is."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.encoders.encoder import Encoder
+from models.encoders.grid import Features, Mask
+from models.encoders.layers import Cells
+from models.mim.head import norm_eps
+from models.mim.target import Target
+
+
+class PatchAggregation(nn.Module):
+    """Two guesses: of the last map, and of an early one and the last class token through `depth` blocks (BEiT v2).
+
+    The blocks begin as those that follow the early map in the encoder, and are told the same of places; the guesses
+    share the norm and the linear layer. ValueError unless the encoder gives these two maps, without a norm.
+    """
+
+    def __init__(self, encoder: Encoder, target: Target, depth: int = 2):
+        super().__init__()
+        taps = getattr(encoder, "taps", ())
+        if len(taps) != 2 or encoder.normed or not encoder.vit.num_prefix_tokens:
+            raise ValueError("BEiT v2 needs a plain transformer with a class token, of an early and the last map and "
+                             "no norm: give it taps: [8, -1] (of 12 blocks) and final_norm: false")  # fmt: skip
+        self.after = slice(taps[0] + 1, taps[0] + 1 + depth)
+        self.blocks = copy.deepcopy(encoder.vit.blocks[self.after])
+        if len(self.blocks) < depth:
+            raise ValueError(f"depth {depth} needs as many blocks after the early map, not {len(self.blocks)}")
+        self.hints = encoder.hints
+        self.norm = nn.LayerNorm(encoder.width, norm_eps(encoder))
+        self.cells = Cells(encoder.width, encoder.strides[-1], target.unit, target.dim)
+
+    def forward(self, features: Features, mask: Mask) -> Float[Tensor, "B h w 2 D"]:
+        early, last = (rearrange(m, "b c h w -> b h w c") for m in features.maps)
+        (_, h, w, _), p = early.shape, features.prefix.shape[1]
+        x = torch.cat([features.prefix, early.flatten(1, 2)], 1)
+        for block, hints in zip(self.blocks, self.hints(h, w, p, None)[self.after]):
+            x = block(x, **hints)
+        again = x[:, p:].unflatten(1, (h, w))
+        return torch.stack([self.cells(self.norm(m)) for m in (last, again)], 3)

@@ -1,0 +1,64 @@
+"""Tokenizers from files: DALL-E's and BEiT v2's released ones, or those that our own runs train."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from models.encoders.build import build_encoder
+from models.encoders.weights import named, read
+from models.teachers import dvae, quantized
+from models.teachers.tokenizer import Tokenizer
+
+RELEASED = {"dvae": dvae.from_state, "vqkd": quantized.from_state}
+CONVERT = "import torch; torch.save(torch.load('{0}', 'cpu', weights_only=False).state_dict(), '{0}.pt')"
+
+
+def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
+    """The tokenizer of a file, frozen and in evaluation mode.
+
+    source: "dvae:" and the path of the state of DALL-E's encoder, "vqkd:" and that of a released VQ-KD tokenizer, or
+            the folder of a run of method vqkd; sizes are read off the tensors
+
+    On the meta device no file is read, the published sizes are built for `in_chans` channels. ValueError in one line
+    if the file cannot be read or does not fit.
+    """
+    if torch.get_default_device().type == "meta":
+        if source.startswith("dvae:"):
+            return dvae.DVAE(in_chans)
+        return quantized.Quantized(build_encoder("vit_base_patch16_224", in_chans))
+    kind, path = find(source)
+    try:
+        state, metadata = read(path)
+        tokenizer, ours = RELEASED[kind](state) if kind else quantized.from_run(state, metadata)
+    except KeyError as error:
+        raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}: it has no {error.args[0]}") from error
+    except ValueError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError) and "GLOBAL" in str(error.__cause__):
+            raise ValueError(
+                f"{path} holds a whole module, which would run code: if you trust it, pip install DALL-E and keep its "
+                f'tensors alone, in {path}.pt, by python -c "{CONVERT.format(path)}"'
+            ) from error
+        raise
+    own = tokenizer.state_dict()
+    wrong = [key for key in own if key not in ours or ours[key].shape != own[key].shape]
+    wrong += [key for key in ours if key not in own]
+    if wrong:
+        raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}{named('tensors that do not fit', wrong)}")
+    tokenizer.load_state_dict(ours)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def find(source: str) -> tuple[str, Path]:
+    """The kind of a source, empty for our own, and its path. ValueError if there is no file."""
+    kind, _, rest = source.partition(":")
+    if kind not in RELEASED:
+        kind, rest = "", source
+    path = Path(rest)
+    path = path / "tokenizer.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no tokenizer at {path}: give dvae:FILE (DALL-E's encoder), vqkd:FILE (BEiT v2's) "
+                         "or the folder of a run of method vqkd")  # fmt: skip
+    return kind, path
