@@ -95,6 +95,8 @@ def test_sizes_are_those_that_the_headers_quote(path):
         ("vit_large_patch16_224", {}, 61.6, 304),
         ("swin_base_patch4_window7_224", {}, 15.4, 88),
         ("convnextv2_tiny", {}, 4.47, 28.6),
+        ("pvt_v2_b2", {}, 4.0, 25.4),
+        ("mvitv2_tiny", {}, 4.7, 24),
     ],
 )
 def test_sizes_agree_with_the_papers(name, args, giga, mega):

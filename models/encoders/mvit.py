@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from einops import rearrange
 from timm.models.mvitv2 import MultiScaleAttention, cal_rel_pos_type, reshape_post_pool, reshape_pre_pool
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.encoders.pyramid import Pyramid
 from models.encoders.resize import stretch
@@ -15,7 +15,7 @@ from models.encoders.resize import stretch
 class MViT(Pyramid):
     """An MViTv2 of timm (Li et al., 2022), whose tables of relative positions are stretched to any grid.
 
-    img_size: the tables are made for, or for the longer of two sides
+    img_size: what the tables are made for; of two sides, the longer
     """
 
     stems = ("patch_embed.proj",)  # what follows it in timm's stem flattens the grid
@@ -25,7 +25,7 @@ class MViT(Pyramid):
         super().__init__(name, in_chans, img_size=side, **timm_args)
         for stage in self.backbone.stages:
             for block in stage.blocks:
-                block.attn.__class__ = StretchedAttention
+                block.attn.__class__ = StretchedAttention  # the same parameters and names, another forward pass
 
 
 class StretchedAttention(MultiScaleAttention):
@@ -33,19 +33,18 @@ class StretchedAttention(MultiScaleAttention):
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         q, k, v = rearrange(self.qkv(x), "b n (t m d) -> t b m n d", t=3, m=self.num_heads)
-        q, queries = self.pooled(q, self.pool_q, self.norm_q, feat_size)
-        k, keys = self.pooled(k, self.pool_k, self.norm_k, feat_size)
-        v, _ = self.pooled(v, self.pool_v, self.norm_v, feat_size)
-        tables = zip((self.rel_pos_h, self.rel_pos_w), queries, keys)
+        q, queries = self.pooled("q", q, feat_size)
+        k, keys = self.pooled("k", k, feat_size)
+        v, _ = self.pooled("v", v, feat_size)
+        tables = zip((self.rel_pos_h, self.rel_pos_w), queries, keys)  # down and across
         tables = [stretch(table, 2 * max(sides) - 1) for table, *sides in tables]
         scores = (q * self.scale) @ k.transpose(-2, -1)
         scores = cal_rel_pos_type(scores, q, self.has_cls_token, queries, keys, *tables)
         x = scores.softmax(-1) @ v + q
         return self.proj(rearrange(x, "b m n d -> b n (m d)")), queries
 
-    def pooled(
-        self, x: Tensor, pool: nn.Module | None, norm: nn.Module | None, grid: Sequence[int]
-    ) -> tuple[Tensor, Sequence[int]]:
+    def pooled(self, which: str, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        pool, norm = getattr(self, f"pool_{which}"), getattr(self, f"norm_{which}")
         if pool is not None:
             x, token = reshape_pre_pool(x, grid, self.has_cls_token)
             x, grid = reshape_post_pool(pool(x), self.num_heads, token)
