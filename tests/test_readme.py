@@ -18,6 +18,7 @@ from models.encoders.weights import load_encoder
 ROOT = Path(__file__).parent.parent
 TINY = {
     "vit": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    "swinv2": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
     "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
 MAINS = {"main_pretrain.py": main_pretrain.main, "main_finetune.py": main_finetune.main}
