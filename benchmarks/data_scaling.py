@@ -108,13 +108,15 @@ def write(folder: Path, rows: list[dict]) -> None:
         for model in models:
             of_model = [row for row in rows if row["model"] == model]
             losses, scores = [row["heldout"] for row in of_model], [100 * row["top1"][transfer] for row in of_model]
-            axes.plot(losses, scores, marker="o", label=model)
+            (line,) = axes.plot(losses, scores, marker="o", label=model)
+            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": line.get_color()}
             for row, x, y in zip(of_model, losses, scores):
-                axes.annotate(f"{row['fraction']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8)
+                axes.annotate(f"{row['fraction']:g}", (x, y), **place)
         axes.set(xlabel="loss on held-out images", ylabel=f"{transfer}: top-1 in %")
         axes.margins(0.12)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(title="model, at its fraction of the data")
+    figure.suptitle("pretrained on a fraction of the training images, written at each point", fontsize=10)
+    figure.axes[0].legend()
     figure.savefig(folder / "scaling.png", dpi=150)
 
 
