@@ -1,0 +1,1 @@
+"""What is measured of this code and of its methods."""

@@ -20,7 +20,7 @@ def test_times_are_epochs_unless_they_say_steps():
     for wrong in ("fast", "500 images", -1, "1.2.3", ""):
         with pytest.raises(UserError, match="^optim.warmup is .* has to be a number of epochs, or of steps"):
             read_time("optim.warmup", wrong)
-    for wrong in ([[3, 16]], [[0, 16], [0, 32]], [[0, 16], [5, 32], [4, 64]]):
+    for wrong in ([], [[3, 16]], [[0, 16], [0, 32]], [[0, 16], [5, 32], [4, 64]]):
         with pytest.raises(UserError, match="^data.size .* from epoch 0 on"):
             read_changes("data.size", wrong)
 

@@ -12,11 +12,13 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
+from benchmarks import data_scaling
 from models.encoders.weights import load_encoder
 
 ROOT = Path(__file__).parent.parent
 TINY = {
     "vit": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    "swinv2": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
     "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
 MAINS = {"main_pretrain.py": main_pretrain.main, "main_finetune.py": main_finetune.main}
@@ -35,8 +37,9 @@ def tiny(argv):
     options = dict(zip(argv[::2], argv[1::2]))
     config = yaml.safe_load((ROOT / options["--config"]).read_text())
     more = ["--config", str(ROOT / options.pop("--config"))]
-    more += ["--data.batch", "4", "--data.workers", "0", "--run.epochs", "1", "--run.dtype", "float32"]
-    more += ["--data.size", "64"]
+    more += ["--data.batch", "4", "--data.workers", "0", "--run.dtype", "float32"]
+    more += ["--run.steps", "2"] if "steps" in config["run"] else ["--run.epochs", "1"]
+    more += ["--data.size", options.get("--data.size", "64")]
     name = options.get("--encoder.name") or config.get("encoder", {}).get("name")
     if name:
         args = config.get("encoder", {}).get("args", {}) | TINY[name.split("_")[0]]
@@ -46,8 +49,18 @@ def tiny(argv):
     if "method" in config and config["method"]["name"] != "simmim":
         method = config["method"]["args"] | {"depth": 1, "width": 16, "heads": 2}
         more += ["--method.args", yaml.safe_dump(method, default_flow_style=True, width=10_000).strip()]
-    kept = ["--run.folder", "--weights", "--encoder.name", "--data.root", "--data.mean", "--data.std"]
-    assert options.keys() <= {*kept, "--data.batch", "--run.epochs"}, "an option that this test does not pass on"
+    kept = [
+        "--run.folder",
+        "--weights",
+        "--encoder.name",
+        "--data.root",
+        "--data.mean",
+        "--data.std",
+        "--data.fraction",
+    ]
+    assert options.keys() <= {*kept, "--data.batch", "--data.size", "--run.epochs", "--run.per_device"}, (
+        "an option that this test does not pass on"
+    )
     return more + [word for key in kept if key in options for word in (key, options[key])]
 
 
@@ -73,6 +86,13 @@ def test_every_command(folder, monkeypatch):
         MAINS[main](tiny(words[words.index(main) + 1 :]))
     for run in (folder / "output").iterdir():
         assert (run / "report.json").exists() and (run / "config.yaml").exists(), run
+
+
+def test_the_command_of_the_grid():
+    """It is run in test_data_scaling; here its options are read, and those of its yamls."""
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if "benchmarks" in line]
+    cells = data_scaling.plan(*data_scaling.parser().parse_known_args(shlex.split(line)[3:]))
+    assert len(cells) == 6 and cells[0][2].keys() == {"pretrain", "knn", "linear"}
 
 
 def test_the_make_commands_are_targets():

@@ -265,7 +265,8 @@ def process(rank, world, folder, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init("cpu")
-    model = go(Path(folder), Images(batch=8, accumulate=2), clip=0.0)
+    stages = {"batch": [(0, 8), (1, 4)], "per_device": 2}  # two passes a step, then one
+    model = go(Path(folder), Images(stages=stages), clip=0.0)
     torch.save(model.state_dict(), f"{folder}/weights_{rank}.pt")
     dist.shutdown()
 

@@ -34,12 +34,12 @@ def said(time: Time) -> str:
 
 def read_changes(key: str, value: Any, form: Callable = lambda entry: entry) -> list[tuple[Time, Any]]:
     """[(from when, value), ...] from one value or a schedule of them; UserError if it does not begin at 0, in order."""
-    if not isinstance(value, (list, tuple)) or not isinstance(value[0], (list, tuple)):
+    if not isinstance(value, (list, tuple)) or (value and not isinstance(value[0], (list, tuple))):
         return [(Time(0.0), form(value))]
     schedule = [(read_time(key, start), form(entry)) for start, entry in value]
     numbers = [start.number for start, _ in schedule]
-    if numbers[0] != 0 or numbers != sorted(set(numbers)):
-        raise UserError(f"{key} {value} has to begin with what holds from epoch 0 on, as does [[0, 128], [200, 160]]")
+    if numbers[:1] != [0] or numbers != sorted(set(numbers)):
+        raise UserError(f"{key} {value} has to go from epoch 0 on, later times later, as in [[0, 128], [200, 160]]")
     return schedule
 
 
