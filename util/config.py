@@ -25,6 +25,8 @@ class Part:
 class Data:
     """Images, how they are cut, and how many make a step.
 
+    A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]].
+
     Args:
         root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several
         weights: of each of several roots, in proportion to which images are drawn; by default each image once an epoch
