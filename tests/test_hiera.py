@@ -15,7 +15,7 @@ from models.encoders.weights import load_encoder, load_state
 from models.mim.head import FuseDecoder
 from models.mim.hide import Skip
 from models.mim.masker import RandomMasker
-from models.mim.recipes import hiera, mae, simmim
+from models.mim.recipes import hiera, mae
 from models.mim.target import Pixels
 from models.mim.weights import load_method_state
 from tests.official import golden
@@ -102,7 +102,7 @@ def test_units_that_do_not_fit_are_refused_in_one_line():
         (lambda: hiera(encoder, unit=16), "16 px, Skip hides whole units of 32 px .*: 32 or 64 px would do"),
         (lambda: mae(small(q_pool=2)), "16 px, Skip hides whole units of 32 px"),
         (lambda: hiera(encoder, unit=48), "48 px, Skip hides whole units of 32 px .*: 32 or 64 px would do"),
-        (lambda: simmim(encoder), r"overlap.*Paint \(fastmim\) instead, or Skip \(hiera\)"),
+        (lambda: Replace(encoder), r"overlap.*Paint \(fastmim\) instead, or Skip \(hiera\)"),
         (lambda: small(mask_unit_size=(16, 16)), r"with 4 stages, q_stride is \(2, 2\) and mask_unit_size at most 8"),
         (lambda: small(q_pol=2), 'no argument "q_pol"; the nearest is "q_pool"'),
     ]:

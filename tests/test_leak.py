@@ -1,9 +1,6 @@
 """Nothing hidden is seen: no visible feature changes with what is hidden, and every method learns under that rule."""
 
 import math
-import tempfile
-from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +9,9 @@ from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.mim.hide import Paint, Replace, Skip
 from models.mim.masker import BlockMasker, RandomMasker, hide_top
-from models.mim.recipes import METHODS, TARGETS, mae, maskfeat, mixmim, simmim
-from tests.tokenizers import tiny_tokenizer
-from tests.towers import clip_file
+from models.mim.recipes import mae, maskfeat, mixmim, simmim
+from tests.methods import PLAIN, RESIDUAL, STAGES, UNITS, WINDOWS
 
-PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
-RESIDUAL = {"layers": (1, 2, 1, 1), "channels": (8, 8, 8, 8)}
-WINDOWS = {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
-UNITS = {"img_size": 64, "embed_dim": 8, "stages": (1, 2, 1, 1)}
 SKIPPING = {
     "vit_base_patch16_224": PLAIN | {"position": "sincos"},
     "vit_base_patch16_siglip_224": PLAIN,
@@ -157,101 +148,6 @@ def test_an_image_is_encoded_as_if_hidden_cells_were_cut_off():
 
 
 # methods
-
-
-TRANSFORMER = {"unit": 16, "depth": 1, "width": 32, "heads": 2}
-VIT = ("vit_base_patch16_224", PLAIN | {"position": "sincos", "init": "xavier"})
-BUILT = {  # a small encoder for each method, and arguments that make the method small
-    "mae": (*VIT, TRANSFORMER),
-    "simmim": ("swin_tiny_patch4_window7_224", WINDOWS | {"embed_dim": 32}, {}),
-    "maskfeat": (*VIT, {"unit": 16, "least": 2}),
-    "fastmim": (*VIT, TRANSFORMER),
-    "hiera": (
-        "hiera_tiny_224",
-        UNITS | {"stages": (1, 1, 1, 1), "q_pool": 2, "init": "xavier"},
-        TRANSFORMER | {"unit": 32},
-    ),
-    "mixmim": ("mixmim_base", WINDOWS | {"embed_dim": 32}, TRANSFORMER | {"unit": 32}),
-    "fcmae": ("convnextv2_atto", STAGES, {"width": 32}),
-    "spark": ("resnet50", RESIDUAL, {"width": 64}),
-    "eva": ("eva02_tiny_patch14_224", PLAIN, {"unit": 16, "least": 2}),
-    "milan": (*VIT, TRANSFORMER),
-    "beit": ("beit_base_patch16_224", PLAIN, {"unit": 16}),
-    "beitv2": ("beit_base_patch16_224", PLAIN | {"taps": (0, -1), "final_norm": False}, {"unit": 16, "depth": 1}),
-    "vqkd": (
-        "vit_base_patch16_224",
-        PLAIN,
-        {"target": "pixels", "vocabulary": 48, "dim": 8, "depth": 1, "width": 32, "heads": 2},
-    ),
-}
-TAUGHT, TOKENIZED = ("eva", "milan"), ("beit", "beitv2")
-
-
-def built(method, in_chans=3, **args):
-    torch.manual_seed(0)
-    name, sizes, small = BUILT[method.__name__]
-    if method.__name__ in TAUGHT:
-        known, source = in_chans <= 3, f"clip:{clip_file()}"  # a teacher knows no other images
-        if method.__name__ == "milan":
-            args |= {"mask": "random"} if not known else {"mask": source} if "target" in args else {}
-        args = {"target": source if known else "normalized"} | args
-    if method.__name__ in TOKENIZED:
-        with tempfile.TemporaryDirectory() as folder:
-            source = tiny_tokenizer(Path(folder), in_chans=max(in_chans, 3))
-            return method(build_encoder(name, in_chans, **sizes), source, **small, **args)
-    return method(build_encoder(name, in_chans, **sizes), **small | args)
-
-
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-def choices(method):
-    """Each target that a method may be asked for, but "local", which is as pixels are, but slower."""
-    free = "target" in signature(method).parameters
-    return [{"target": name} for name in TARGETS if name != "local"] if free else [{}]
-
-
-@pytest.mark.parametrize(("name", "args"), [(name, args) for name in METHODS for args in choices(METHODS[name])])
-def test_every_method_learns_sixteen_images(name, args):
-    mim = built(METHODS[name], **args)
-    torch.manual_seed(0)
-    rough = torch.randn(16, 3, 4, 4)  # images with something to see at every scale
-    images = torch.nn.functional.interpolate(rough, scale_factor=16, mode="bicubic") + 0.05 * torch.randn(16, 3, 64, 64)
-    optimizer = torch.optim.AdamW(mim.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(20):
-        torch.manual_seed(1)  # the same masks
-        optimizer.zero_grad()
-        loss = mim({"image": images})["loss"]
-        loss.backward()
-        assert not losses or all(p.grad is not None for p in mim.parameters() if p.requires_grad)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0] and math.isfinite(losses[-1])
-
-
-def trace_every_method(_process):
-    torch.set_num_threads(1)
-    for method in METHODS.values():
-        mim, batch = built(method), {"image": torch.randn(2, 3, 64, 64)}
-        whole = torch.compile(mim, backend="eager", fullgraph=True)
-        torch.manual_seed(0)
-        expected = mim(batch)["loss"]
-        torch.manual_seed(0)
-        loss = whole(batch)["loss"]
-        loss.backward()
-        torch.testing.assert_close(loss, expected)
-
-
-def test_every_method_traces_as_one_graph():
-    """In a process of its own, where no type checker stands between the parts."""
-    torch.multiprocessing.spawn(trace_every_method, nprocs=1)
-
-
-@every_method
-@pytest.mark.parametrize("shape", [(1, 64, 64), (5, 64, 96)])
-def test_every_method_takes_other_images(method, shape):
-    assert built(method, shape[0])({"image": torch.randn(2, *shape)})["loss"].isfinite()
 
 
 def test_wrong_combinations_say_what_to_use():

@@ -25,6 +25,8 @@ from util.config import Run
 from util.errors import UserError
 from util.log import Log
 from util.optim import build_optimizer
+from util.plan import make_plan
+from util.times import Time
 from util.train import train
 
 PLAIN = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -60,10 +62,13 @@ def images(number, count=8):
 class Images:
     """Micro-batches of images made of twelve patches."""
 
-    waited, steps_per_epoch = 0.0, 4
+    waited = 0.0
 
-    def __init__(self, batch=8, accumulate=1):
+    def __init__(self, batch=8, accumulate=1, steps=10):
         self.batch, self.accumulate = batch, accumulate
+        self.plan = make_plan(
+            4 * batch, batch, batch // accumulate // dist.world(), 16, Time(steps, "steps"), dist.world()
+        )
 
     def batches(self, start):
         number = start
@@ -76,9 +81,18 @@ class Images:
 def go(folder, loader=None, steps=10, evaluate=None, lr=3e-3, **run):
     folder.mkdir(exist_ok=True)
     task, log = tiny(), Log(folder)
-    settings = {"epochs": steps / 4, "dtype": "float32", "log_every": 3, "save_every": 3, "evaluate_every": 0} | run
+    settings = {"steps": steps, "dtype": "float32", "log_every": 3, "save_every": 3, "evaluate_every": 0} | run
     optimizer = build_optimizer(task)
-    train(task, loader or Images(), optimizer, lambda step: lr, 1.0, Run(str(folder), **settings), log, evaluate)
+    train(
+        task,
+        loader or Images(steps=steps),
+        optimizer,
+        lambda step: lr,
+        1.0,
+        Run(str(folder), **settings),
+        log,
+        evaluate,
+    )
     log.close()
     return task
 
@@ -89,7 +103,7 @@ def figures(folder, key):
 
 
 def test_it_learns_and_uses_its_codes(tmp_path):
-    task = go(tmp_path / "run", Images(32), steps=120, log_every=20)
+    task = go(tmp_path / "run", Images(32, steps=120), steps=120, log_every=20)
     distance, used = figures(tmp_path / "run", "distance"), figures(tmp_path / "run", "perplexity")
     assert distance[-1] < 0.3 * distance[0] and used[-1] > 8
     assert all(x == pytest.approx(d + c) for x, d, c in zip(*(
@@ -186,7 +200,7 @@ def process(rank, world, folder, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init("cpu")
-    task = go(Path(folder), Images(8, 2), steps=4)
+    task = go(Path(folder), Images(8, 2, 4), steps=4)
     torch.save(task.state_dict(), f"{folder}/weights_{rank}.pt")
     tiny_step = tiny()
     tiny_step.usage.fill_(1.0)  # none is idle

@@ -13,7 +13,7 @@ from torch import nn
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.released.tower import is_clip
-from models.encoders.weights import CLIP, IMAGENET, load_state, read
+from models.encoders.weights import CLIP, IMAGENET, load_encoder, load_normalization, load_state, read
 from models.teachers.tower import Tower
 
 
@@ -21,8 +21,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
     """The tower of a file or of timm's hub, on the default device; on the meta device, its shapes alone.
 
     source: "clip:FILE", of OpenAI (state dict or TorchScript), open_clip, MILAN, transformers or timm, with CLIP's
-            quick GELU; "open_clip:FILE", the same with exact GELU (LAION, DataComp); "slip:FILE", "dino:FILE"; or
-            "timm:NAME", a plain transformer of timm's with its weights
+            quick GELU; "open_clip:FILE", the same with exact GELU (LAION, DataComp); "slip:FILE", "dino:FILE";
+            "timm:NAME", a plain transformer of timm's with its weights; or "run:FOLDER", one that a run of ours trained
     dtype:  of the weight matrices, see Tower
     heads:  of attention; by default as published for the tower's width
 
@@ -31,9 +31,11 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
     kind, _, rest = source.partition(":")
     if kind == "timm":
         return from_hub(rest, dtype)
+    if kind == "run":
+        return from_run(rest, dtype)
     if kind not in released.TOWERS:
         kinds = ", ".join(f"{kind}:FILE" for kind in released.TOWERS)
-        raise ValueError(f'no teacher is called "{source}"; there are {kinds} and timm:NAME')
+        raise ValueError(f'no teacher is called "{source}"; there are {kinds} timm:NAME and run:FOLDER')
     if not Path(rest).is_file():
         raise ValueError(f"there is no teacher at {rest}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
     return from_file(kind, Path(rest), dtype, heads)
@@ -60,6 +62,16 @@ def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> T
     norm = CLIP if is_clip(state) else IMAGENET
     head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
     return Tower(encoder, projection(head, encoder.width, path), norm["mean"], norm["std"], dtype)
+
+
+def from_run(folder: str, dtype: torch.dtype) -> Tower:
+    with torch.device("cpu"):
+        encoder, norm = load_encoder(folder), load_normalization(folder)
+    if not hasattr(encoder, "vit"):
+        raise ValueError(
+            f"{folder} holds {encoder.plan['name']}, which is no plain transformer, as a teacher has to be"
+        )
+    return Tower(encoder.to(torch.get_default_device()), nn.Identity(), norm["mean"], norm["std"], dtype)
 
 
 def projection(head: released.State, width: int, path: Path) -> nn.Module:
