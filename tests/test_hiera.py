@@ -13,7 +13,7 @@ from models.encoders.hiera import roll, unroll
 from models.encoders.released.hiera import describe_hiera
 from models.encoders.weights import load_encoder, load_state
 from models.mim.head import FuseDecoder
-from models.mim.hide import Skip
+from models.mim.hide import Replace, Skip
 from models.mim.masker import RandomMasker
 from models.mim.recipes import hiera, mae
 from models.mim.target import Pixels
