@@ -210,13 +210,13 @@ def test_hog():
     facts, _, given, expected = golden("hog")
     done = 0
     for name, value in expected.items():
-        found = re.fullmatch(r"(fastmim|slowfast)_pool(\d+)(?:_nbins(\d+))?(_norm|_raw)?_(\d+)", name)
-        if found is None:  # a Gaussian window over the magnitudes is not offered here, or a label: see below
+        found = re.fullmatch(r"(fastmim|slowfast)_pool(\d+)(?:_nbins(\d+))?(?:_gauss(\d+))?(_norm|_raw)?_(\d+)", name)
+        if found is None:  # a label: see below
             continue
-        family, pool, bins, kind, size = found.groups()
+        family, pool, bins, window, kind, size = found.groups()
         bins, unit = int(bins or facts["constructor"][family]["nbins"]), int(pool)
         images = given[f"imgs{size}"]
-        hog = HOG(unit, images.shape[1], bins, normalize=kind != "_raw")
+        hog = HOG(unit, images.shape[1], bins, kind != "_raw", int(window or 0))
         if images.shape[-1] % unit:  # official code drops incomplete cells; ours refuses them, so they are completed
             images = F.pad(images, [0, -images.shape[-1] % unit, 0, -images.shape[-2] % unit], mode="reflect")
         cells = rearrange(hog(images), "b h w (c n) -> b c n h w", n=bins)
