@@ -25,7 +25,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from models.mim.recipes import METHODS
     from models.monitor.health import FEW, health, verdict
     from models.monitor.picture import reconstruct
-    from models.teachers.tokenizers import find
+    from models.targets.tokenizers import find
     from models.transfer.frozen import features, knn
     from util import checkpoint, dist, start
     from util.data.loader import read_schedule

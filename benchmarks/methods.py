@@ -26,7 +26,7 @@ TRIAL = 30  # steps that measure a method's speed
 TASKS = {  # the task's config, and what differs from the quickstart's
     "knn": ["--data.labels", "10000"],
     "linear": ["--data.labels", "10000"],
-    "finetune": ["--run.epochs", "30", "--optim.warmup", "3"],
+    "finetune": ["--run.epochs", "15", "--optim.warmup", "2"],
 }
 
 

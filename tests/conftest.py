@@ -6,4 +6,4 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401 (the hook finds it by name)
 
 torch.set_num_threads(1)
-install_import_hook(["models.encoders", "models.teachers", "models.mim", "models.monitor"], "tests.typecheck.check")
+install_import_hook(["models.encoders", "models.targets", "models.mim", "models.monitor"], "tests.typecheck.check")

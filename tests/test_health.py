@@ -6,8 +6,8 @@ import torch
 from models.encoders.vit import ViT
 from models.mim import recipes
 from models.mim.masker import RandomMasker
-from models.mim.target import Target
 from models.monitor.health import TRIVIAL, Spectrum, bilinear_fill, health, mean_fill, verdict, visible_mean
+from models.targets.target import Target
 from util import dist
 
 

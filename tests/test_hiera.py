@@ -16,8 +16,8 @@ from models.mim.head import FuseDecoder
 from models.mim.hide import Replace, Skip
 from models.mim.masker import RandomMasker
 from models.mim.recipes import hiera, mae
-from models.mim.target import Pixels
 from models.mim.weights import load_method_state
+from models.targets.target import Pixels
 from tests.official import golden
 from tests.test_configs import PRETRAIN, encoder_of
 from util.checkpoint import export

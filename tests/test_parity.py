@@ -20,9 +20,9 @@ from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
-from models.mim.target import HOG, Pixels
 from models.mim.weights import load_method_state
 from models.monitor.draw import draw
+from models.targets.target import HOG, Pixels
 from tests.official import (
     GOLDEN,
     Given,

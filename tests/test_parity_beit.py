@@ -16,8 +16,8 @@ from models.mim.hide import cover
 from models.mim.loss import cross_entropy
 from models.mim.method import MIM
 from models.mim.recipes import beit as beit_method
-from models.mim.target import Target
 from models.mim.weights import load_method_state
+from models.targets.target import Target
 from tests.official import Given, beit, check, check_gradients, golden, losses_with_gradients
 from tests.tokenizers import block_shapes, drawn, tiny_tokenizer
 

@@ -14,8 +14,8 @@ from models.mim.hide import Skip
 from models.mim.loss import l2
 from models.mim.masker import hide_top
 from models.mim.method import MIM
-from models.mim.target import Pixels
 from models.mim.weights import load_method_state
+from models.targets.target import Pixels
 from tests.official import Given, check, check_gradients, golden, losses_with_gradients
 
 FACTS, STATE, GIVEN, EXPECTED = golden("convnextv2_fcmae")

@@ -8,8 +8,8 @@ from models.mim.head import FuseDecoder
 from models.mim.hide import Skip
 from models.mim.loss import l2
 from models.mim.method import MIM
-from models.mim.target import Pixels
 from models.mim.weights import load_method_state
+from models.targets.target import Pixels
 from tests.official import Given, check, check_classifier, check_gradients, classifier, golden, some
 
 UNTOLD = ("num_heads", "q_pool", "mask_unit_size", "mask_unit_attn")  # by the tensors of a checkpoint

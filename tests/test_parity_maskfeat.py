@@ -13,7 +13,7 @@ from models.mim.loss import l2
 from models.mim.masker import BlockMasker
 from models.mim.method import MIM
 from models.mim.recipes import maskfeat
-from models.mim.target import HOG
+from models.targets.target import HOG
 from tests.official import Given, golden
 
 

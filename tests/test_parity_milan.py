@@ -9,10 +9,11 @@ from torch import nn
 from models.mim.hide import Skip
 from models.mim.loss import cosine, over_all
 from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
-from models.mim.target import Target, Teacher
 from models.mim.weights import load_method_state
-from models.teachers.load import load_teacher
-from models.teachers.tower import Tokens
+from models.targets.frozen import Teacher
+from models.targets.load import load_teacher
+from models.targets.target import Target
+from models.targets.tower import Tokens
 from tests.official import Given, check, check_gradients, golden, losses_with_gradients, vit
 
 

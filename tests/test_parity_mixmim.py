@@ -11,8 +11,8 @@ from models.mim.head import Unmix
 from models.mim.hide import Mix
 from models.mim.loss import l2, over_all
 from models.mim.method import MIM
-from models.mim.target import Pixels
 from models.mim.weights import load_method_state
+from models.targets.target import Pixels
 from tests.official import (
     Given,
     check,

@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from models.encoders.build import build_encoder
 from models.encoders.weights import CLIP, IMAGENET, load_encoder, load_normalization
 from models.mim.recipes import METHODS, build_target, eva, mae, milan
-from models.mim.target import Teacher
 from models.monitor.draw import draw
 from models.monitor.picture import reconstruct
-from models.teachers.load import load_teacher
-from models.teachers.tower import Tower
+from models.targets.frozen import Teacher
+from models.targets.load import load_teacher
+from models.targets.tower import Tower
 from tests import towers
 from tests.methods import built, rough_images, targets
 from tests.towers import clip_file, random_tower, write

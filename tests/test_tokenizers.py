@@ -10,14 +10,15 @@ from einops import rearrange
 from models.encoders.build import build_encoder
 from models.mim.loss import cross_entropy
 from models.mim.recipes import beit
-from models.mim.target import Codebook, Pixels
 from models.monitor.draw import draw, palette
 from models.monitor.health import health
 from models.monitor.picture import reconstruct
-from models.teachers.dvae import DVAE
-from models.teachers.tokenizer import Tokenizer
-from models.teachers.tokenizers import load_tokenizer
-from models.teachers.vqkd import VQKD
+from models.targets.dvae import DVAE
+from models.targets.frozen import Codebook
+from models.targets.target import Pixels
+from models.targets.tokenizer import Tokenizer
+from models.targets.tokenizers import load_tokenizer
+from models.targets.vqkd import VQKD
 from tests.test_parity_beit import norm
 from tests.tokenizers import dvae_state, tiny_tokenizer, vqkd_state
 from util import checkpoint

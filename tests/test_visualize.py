@@ -10,9 +10,9 @@ from torch import nn
 
 from models.encoders.vit import ViT
 from models.mim import recipes
-from models.mim.target import HOG, Target
 from models.monitor.draw import draw
 from models.monitor.picture import reconstruct
+from models.targets.target import HOG, Target
 from util.errors import UserError
 from util.visualize import GAP, panel, save_panel, tile, wrap
 

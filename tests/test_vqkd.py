@@ -14,9 +14,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 import main_pretrain
 from models.encoders.build import build_encoder
 from models.mim.recipes import beit
-from models.mim.target import Target
-from models.teachers.tokenizers import load_tokenizer
-from models.teachers.vqkd import DECAY, IDLE, VQKD
+from models.targets.target import Target
+from models.targets.tokenizers import load_tokenizer
+from models.targets.vqkd import DECAY, IDLE, VQKD
 from tests.test_main import PRETRAIN, fill_folder
 from tests.test_train import Stop, Waits, equal, stop_at
 from tests.tokenizers import tiny_tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.grid import Features, Mask
 from models.encoders.pyramid import Pyramid
@@ -55,8 +54,7 @@ class ConvNeXt(Pyramid):
             seen = ~mask.at(stride)[:, None]  # (B, 1, h, w)
             x = stage.downsample(x) * seen  # no kernel of a downsampling layer crosses the border of a cell
             for block in stage.blocks:
-                args = (block, x, seen, self.grn == "batch")
-                x = checkpoint(sparse_block, *args, use_reentrant=False) if self.checkpointing else sparse_block(*args)
+                x = self.run(sparse_block, block, x, seen, self.grn == "batch")
             maps.append(x)
         return Features(maps)
 

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.encoder import Encoder, refuse_mask
 from models.encoders.grid import Features, Mask
@@ -31,16 +30,9 @@ class CSWin(Encoder):
 
     overlaps = True
 
-    def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 64,
-        depths: Sequence[int] = (1, 2, 21, 1),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
-        stripes: Sequence[int] = (1, 2, 7),
-        drop_path_rate: float = 0.0,
-        drop_last: int = 0,
-    ):
+    def __init__(self, in_chans: int = 3, embed_dim: int = 64, depths: Sequence[int] = (1, 2, 21, 1),
+                 num_heads: Sequence[int] = (2, 4, 8, 16), stripes: Sequence[int] = (1, 2, 7),
+                 drop_path_rate: float = 0.0, drop_last: int = 0):  # fmt: skip
         super().__init__()
         if not len(depths) == len(num_heads) == len(stripes) + 1:
             raise ValueError("depths and num_heads have an entry for each stage, stripes for each but the last")
@@ -78,7 +70,7 @@ class CSWin(Encoder):
         for stage in self.stages:
             x = rearrange(stage.downsample(maps[-1]), "b c h w -> b h w c")
             for block in stage.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+                x = self.run(block, x)
             maps.append(rearrange(x, "b h w c -> b c h w"))
         return Features([*maps[1:-1], self.norm(maps[-1])])
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.encoders.grid import Features, Mask
 
@@ -53,6 +56,12 @@ class Encoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
         self.checkpointing = enable
+
+    def run(self, block: Callable, *args, **kwargs) -> Tensor:
+        """Call a block, recomputed in the backward pass where that is enabled."""
+        if self.checkpointing:
+            return checkpoint(block, *args, use_reentrant=False, **kwargs)
+        return block(*args, **kwargs)
 
     def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """(B, in_chans, H, W) -> (B, H / patch, W / patch, width), before positions."""

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
@@ -63,7 +62,7 @@ class Hiera(Encoder):
             x = x.take_along_dim(seen, 1)
         n, x = x.shape[1], unroll(x)
         for i, block in enumerate(self.backbone.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            x = self.run(block, x)
             if i in self.backbone.stage_ends:
                 m = roll(x, n)
                 if mask is not None:  # back to their places, zeros where hidden

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from timm.layers import resample_abs_pos_embed
@@ -50,16 +49,8 @@ def norm_visible(norm: nn.Module, x: Float[Tensor, "B C h w"], seen: Int[Tensor,
     return y.new_zeros(x.shape).flatten(2).scatter(2, places, y).view(x.shape)
 
 
-def sincos(
-    h: int, w: int, dim: int, device: torch.device | None = None, side: int | None = None
-) -> Float[Tensor, "h w C"]:
-    """Fixed 2D sine-cosine positions: (h, w, dim); the first half of the channels tells the column (MAE).
-
-    side: those of a grid of side x side, stretched over h x w (MixMIM, fine-tuned at another image size)
-    """
-    if side is not None:
-        table = rearrange(sincos(side, side, dim, device), "h w c -> 1 c h w")
-        return rearrange(F.interpolate(table, (h, w), mode="bicubic"), "1 c h w -> h w c")
+def sincos(h: int, w: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "h w C"]:
+    """Fixed 2D sine-cosine positions: (h, w, dim); the first half of the channels tells the column (MAE)."""
     if dim % 4:
         near = f"{dim // 4 * 4} or {dim // 4 * 4 + 4}"
         raise ValueError(f"sine-cosine positions need a width that 4 divides, not {dim}: use {near}")

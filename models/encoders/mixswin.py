@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import sincos, xavier
+from models.encoders.layers import resample, sincos, xavier
 from models.encoders.pyramid import Pyramid
 
 
@@ -30,14 +29,8 @@ class MixSwin(Pyramid):
 
     mixes = True
 
-    def __init__(
-        self,
-        in_chans: int = 3,
-        window_size: int | Sequence[int] = (14, 14, 14, 7),
-        drop_path_rate: float = 0.0,
-        pos_size: int | None = None,
-        **timm_args,
-    ):
+    def __init__(self, in_chans: int = 3, window_size: int | Sequence[int] = (14, 14, 14, 7),
+                 drop_path_rate: float = 0.0, pos_size: int | None = None, **timm_args):  # fmt: skip
         windows = window_size if isinstance(window_size, int) else [(side, side) for side in window_size]
         timm_args |= {"window_size": windows, "drop_path_rate": drop_path_rate}
         super().__init__("swin_base_patch4_window7_224", in_chans, **timm_args)
@@ -57,16 +50,21 @@ class MixSwin(Pyramid):
 
     def encode(self, tokens: Float[Tensor, "B h w D"], mask: Mask | None = None) -> Features:
         """As any encoder's; with a mask, hidden cells are computed too, from hidden ones alone."""
-        x, maps = tokens + sincos(*tokens.shape[1:], tokens.device, self.pos_side), []
+        x, maps = tokens + self.positions(*tokens.shape[1:], tokens.device), []
         for stage, stride in zip(self.backbone.layers, self.strides):
             x = stage.downsample(x)  # merges places of one cell
             walls = build_walls(x, stage.blocks[0].window_size, None if mask is None else mask.at(stride))
             for block in stage.blocks:
-                args = (block, x, walls)
-                x = checkpoint(walled_block, *args, use_reentrant=False) if self.checkpointing else walled_block(*args)
+                x = self.run(walled_block, block, x, walls)
             maps.append(x)
         maps[-1] = self.backbone.norm(x)
         return Features([rearrange(m, "b h w c -> b c h w") for m in maps])
+
+    def positions(self, h: int, w: int, dim: int, device: torch.device) -> Float[Tensor, "h w C"]:
+        if self.pos_side is None:
+            return sincos(h, w, dim, device)
+        table = sincos(self.pos_side, self.pos_side, dim, device).flatten(0, 1)[None]
+        return resample(table, (self.pos_side, self.pos_side), h, w)
 
 
 def build_walls(x: Tensor, window: tuple[int, int], hidden: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ def fit(
         return stretch(value, len(like)), f"positions of {len(value)} to {len(like)} offsets"
     if re.search(r"(relative_position_bias_table|^tables\.\d+)$", key) and value.ndim == like.ndim == 2:
         owner = encoder if key.startswith("tables.") else encoder.get_submodule(key.rpartition(".")[0])
-        window, extra = owner.window if owner is encoder else owner.window_size, 3 if owner is encoder else 0
+        window, extra = encoder.grid if owner is encoder else owner.window_size, 3 if owner is encoder else 0
         old = window_of(value, extra)
         if value.shape[1] == like.shape[1] and (2 * old - 1) ** 2 == len(value) - extra:
             return resize_table(value, window, extra), f"bias tables {size((old, old))} to {size(window)}"

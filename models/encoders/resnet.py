@@ -5,7 +5,6 @@ from __future__ import annotations
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import norm_visible
@@ -48,8 +47,7 @@ class ResNet(Pyramid):
             x = sparse(layer, x, grids)
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             for block in stage:
-                args = (block, x, grids)
-                x = checkpoint(sparse_block, *args, use_reentrant=False) if self.checkpointing else sparse_block(*args)
+                x = self.run(sparse_block, block, x, grids)
             maps.append(x)
         return Features(maps)
 

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from timm.layers import resample_abs_pos_embed
 from timm.models import model_entrypoint
 from timm.models.beit import Beit, gen_relative_position_index
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
-from models.encoders.layers import shorten, sincos, xavier
+from models.encoders.layers import resample, shorten, sincos, xavier
 
 
 class ViT(Encoder):
@@ -33,17 +31,8 @@ class ViT(Encoder):
 
     skips = True
 
-    def __init__(
-        self,
-        name: str,
-        in_chans: int = 3,
-        taps: Sequence[int] = (-1,),
-        position: str = "learned",
-        init: str = "timm",
-        final_norm: bool = True,
-        drop_last: int = 0,
-        **timm_args,
-    ):
+    def __init__(self, name: str, in_chans: int = 3, taps: Sequence[int] = (-1,), position: str = "learned",
+                 init: str = "timm", final_norm: bool = True, drop_last: int = 0, **timm_args):  # fmt: skip
         super().__init__()
         if not model_entrypoint(name).__module__.endswith(".beit"):
             timm_args = {"dynamic_img_size": True, **timm_args}  # rotary angles are then made for any grid
@@ -52,7 +41,9 @@ class ViT(Encoder):
         self.vit = vit = timm.create_model(name, in_chans=in_chans, **timm_args)
         shorten(vit, drop_last)
         self.in_chans, self.width, self.normed = in_chans, vit.embed_dim, final_norm
-        self.patch = square(vit.patch_embed.patch_size, name)
+        self.patch, across = vit.patch_embed.patch_size
+        if self.patch != across:
+            raise ValueError(f"{name} has patches of {self.patch} x {across} px: only square ones can be masked")
         depth = len(vit.blocks)
         if not all(-depth <= tap < depth for tap in taps):
             raise ValueError(f"taps are {tuple(taps)}, but there are blocks 0 to {depth - 1}")
@@ -63,14 +54,13 @@ class ViT(Encoder):
             vit.norm_pre = nn.Identity()  # BEiT has none
         if not final_norm:
             vit.norm = nn.Identity()
-        self.tables, self.window = take_bias_tables(vit), vit.patch_embed.grid_size
-        self.fixed = position == "sincos"
+        self.tables, self.fixed = take_bias_tables(vit), position == "sincos"
         if init == "xavier":
             xavier(vit)
             for token in prefix_tokens(vit):
                 nn.init.normal_(token, std=0.02)
         if self.fixed:
-            table = sincos(*vit.patch_embed.grid_size, self.width).flatten(0, 1)
+            table = sincos(*self.grid, self.width).flatten(0, 1)
             vit.pos_embed.requires_grad_(False).zero_()[:, -len(table) :].copy_(table)
 
     @property
@@ -93,7 +83,7 @@ class ViT(Encoder):
         x, p, hints = self.enter(tokens, seen)
         taps = []
         for i, (block, told) in enumerate(zip(vit.blocks, hints)):
-            x = checkpoint(block, x, use_reentrant=False, **told) if self.checkpointing else block(x, **told)
+            x = self.run(block, x, **told)
             if i in self.taps:
                 taps.append(vit.norm(x))
         maps = [tap[:, p:] for tap in taps]
@@ -122,14 +112,9 @@ class ViT(Encoder):
             return prefix, prefix.new_zeros(1, 1, self.width)
         n = 0 if getattr(vit, "no_embed_class", False) else prefix.shape[1]
         table, positions = vit.pos_embed[:, :n], vit.pos_embed[:, n:]
-        if (h, w) != vit.patch_embed.grid_size:
-            positions = (
-                sincos(h, w, self.width, positions.device).flatten(0, 1)[None].to(positions.dtype)
-                if self.fixed
-                else resample_abs_pos_embed(
-                    positions, (h, w), vit.patch_embed.grid_size, num_prefix_tokens=0, antialias=False
-                )
-            )
+        if (h, w) != self.grid:
+            other = sincos(h, w, self.width, positions.device) if self.fixed else resample(positions, self.grid, h, w)
+            positions = other.flatten(0, 1)[None].to(positions.dtype)
         return (prefix + table if n else prefix), positions
 
     def hints(self, h: int, w: int, p: int, seen: Tensor | None) -> list[dict]:
@@ -142,9 +127,7 @@ class ViT(Encoder):
             return [{"shared_rel_pos_bias": biases[i % len(biases)]} for i in range(depth)]
         if getattr(self.vit, "rope", None) is None:
             return [{}] * depth
-        angles = self.vit.rope.get_embed(
-            shape=(h, w)
-        )  # (hw, d), or (depth, heads, hw, d) where each head learns its own
+        angles = self.vit.rope.get_embed((h, w))  # (hw, d), or (depth, heads, hw, d) where each head learns its own
         if seen is not None:
             angles = angles[..., seen, :]  # (B, n, d) or (depth, heads, B, n, d)
             angles = angles[:, None] if angles.ndim == 3 else angles.transpose(1, 2)
@@ -153,9 +136,9 @@ class ViT(Encoder):
 
     def bias(self, table: Tensor, index: Tensor, h: int, w: int, rows: Tensor | None) -> Tensor:
         """Attention biases between places (1, heads, 1 + hw, 1 + hw), or visible ones (B, heads, 1 + n, 1 + n)."""
-        if (h, w) != self.window:
+        if (h, w) != self.grid:
             places, rest = table[:-3], table[-3:]
-            square = rearrange(places, "(p q) m -> 1 m p q", p=2 * self.window[0] - 1)
+            square = rearrange(places, "(p q) m -> 1 m p q", p=2 * self.grid[0] - 1)
             square = F.interpolate(square.float(), (2 * h - 1, 2 * w - 1), mode="bicubic").to(table.dtype)
             table = torch.cat([rearrange(square, "1 m p q -> (p q) m"), rest])
         if rows is not None:
@@ -172,13 +155,6 @@ def check_sides(images: Tensor, patch: int, what: str = "patches") -> None:
             raise ValueError(
                 f"an image side of {side} px does not divide into {what} of {patch} px: use {low} or {low + patch} px"
             )
-
-
-def square(patch: tuple[int, int], name: str) -> int:
-    """The side of a square patch in pixels. ValueError if it is not square: cells are squares."""
-    if patch[0] != patch[1]:
-        raise ValueError(f"{name} has patches of {patch[0]} x {patch[1]} px: only square ones can be masked")
-    return patch[0]
 
 
 def prefix_tokens(vit: nn.Module) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells
 from models.mim.head import norm_eps
-from models.mim.target import Target
+from models.targets.target import Target
 
 
 class PatchAggregation(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells, Fill, norm_visible, truncated
-from models.mim.target import Pixels, Target
+from models.targets.target import Pixels, Target
 
 
 class ConvDecoder(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells, Fill, resample, sincos, xavier
-from models.mim.target import Target
+from models.targets.target import Target
 
 
 @runtime_checkable
@@ -46,17 +46,8 @@ class Decoder(nn.Module):
     positions: add sine-cosine positions (MAE; FastMIM's encoder saw every cell and does without both)
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        target: Target,
-        depth: int = 8,
-        width: int = 512,
-        heads: int = 16,
-        fill: bool = True,
-        positions: bool = True,
-        mlp_ratio: float = 4.0,
-    ):
+    def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
+                 fill: bool = True, positions: bool = True, mlp_ratio: float = 4.0):  # fmt: skip
         super().__init__()
         if width % heads:
             raise ValueError(f"a decoder of width {width} cannot have {heads} heads: {heads} must divide {width}")

@@ -11,7 +11,7 @@ from models.mim.head import Head
 from models.mim.hide import Hide
 from models.mim.loss import Average, Distance, over_hidden
 from models.mim.masker import Masker
-from models.mim.target import Target
+from models.targets.target import Target
 
 
 class MIM(nn.Module):

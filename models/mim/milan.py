@@ -15,7 +15,8 @@ from models.encoders.layers import xavier
 from models.mim.head import Decoder, norm_eps
 from models.mim.masker import grid, hide_top
 from models.mim.method import MIM
-from models.mim.target import Target, Teacher
+from models.targets.frozen import Teacher
+from models.targets.target import Target
 
 
 class AttentionMasker(nn.Module):

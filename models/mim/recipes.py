@@ -13,10 +13,11 @@ from models.mim.loss import cosine, cross_entropy, l1, l2, over_all
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
-from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target, Teacher
-from models.teachers.load import load_teacher
-from models.teachers.tokenizers import load_tokenizer
-from models.teachers.vqkd import VQKD
+from models.targets.frozen import Codebook, Teacher
+from models.targets.load import load_teacher
+from models.targets.target import HOG, LocalPixels, Pixels, Target
+from models.targets.tokenizers import load_tokenizer
+from models.targets.vqkd import VQKD
 
 CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 

@@ -13,7 +13,7 @@ from models.encoders.released.convnext import BLOCK, dense, substitute
 from models.encoders.released.derived import check_derived
 from models.encoders.weights import named
 from models.mim.method import MIM
-from models.mim.target import HOG, Pixels
+from models.targets.target import HOG, Pixels
 
 TRANSFORMER = (
     (r"^decoder_embed\.", "head.project."),

@@ -11,7 +11,8 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from models.mim.target import HOG, Codebook, LocalPixels, Pixels, Target, Teacher, mean_and_spread
+from models.targets.frozen import Codebook, Teacher
+from models.targets.target import HOG, LocalPixels, Pixels, Target, mean_and_spread
 
 GLYPH = 12  # least pixels of a cell's glyph, so that it can be read
 

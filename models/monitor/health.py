@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.encoders.grid import Mask
 from models.mim.method import MIM
-from models.mim.target import Target
+from models.targets.target import Target
 from util import dist
 
 TRIVIAL = {"mean_fill": "mean fill", "bilinear_fill": "bilinear", "mean_cell": "mean cell"}

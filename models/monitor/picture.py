@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from models.mim.loss import over_hidden
 from models.mim.method import MIM
-from models.mim.target import Pixels, Target
 from models.monitor.draw import draw, legend
 from models.monitor.health import still
+from models.targets.target import Pixels, Target
 
 
 @dataclass

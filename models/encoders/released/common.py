@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from models.encoders.layers import sincos
+from models.encoders.layers import resample, sincos
 
 State = dict[str, Tensor]
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers: computed, not learned
@@ -56,5 +56,6 @@ def is_sincos(table: Tensor, side: int | None = None) -> bool:
     prefix = table.shape[1] - across**2
     if width % 4 or prefix > 1:
         return False
-    fixed = sincos(across, across, width, side=side).flatten(0, 1)
+    made = side or across
+    fixed = resample(sincos(made, made, width).flatten(0, 1)[None], (made, made), across, across).flatten(0, 1)
     return bool(not table[0, :prefix].any() and torch.allclose(table[0, prefix:].float(), fixed, atol=1e-5))

@@ -14,7 +14,7 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.released.tower import is_clip
 from models.encoders.weights import CLIP, IMAGENET, load_encoder, load_normalization, load_state, read
-from models.teachers.tower import Tower
+from models.targets.tower import Tower
 
 
 def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | None = None) -> Tower:

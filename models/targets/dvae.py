@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.encoders.released.common import State, count
-from models.teachers.tokenizer import Tokenizer
+from models.targets.tokenizer import Tokenizer
 
 GROUPS = 4  # of residual blocks, each of twice the channels and half the side of the one before; the first aside
 

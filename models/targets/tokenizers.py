@@ -9,8 +9,8 @@ import torch
 
 from models.encoders.build import build_encoder
 from models.encoders.weights import named, read
-from models.teachers import dvae, quantized
-from models.teachers.tokenizer import Tokenizer
+from models.targets import dvae, quantized
+from models.targets.tokenizer import Tokenizer
 
 RELEASED = {"dvae": dvae.from_state, "vqkd": quantized.from_state}
 CONVERT = "import torch; torch.save(torch.load('{0}', 'cpu', weights_only=False).state_dict(), '{0}.pt')"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.layers import Cells
-from models.teachers.quantized import Quantized
+from models.targets.quantized import Quantized
 from util import dist
 
 DECAY = 0.99  # of the moving averages that the codes are
@@ -25,7 +25,7 @@ class VQKD(nn.Module):
 
     A task of the training loop, but no masked image modeling: nothing is hidden.
 
-    target:     what the teacher sees, of models/mim/target.py
+    target:     what the teacher sees, of models/targets/target.py
     vocabulary: codes; dim: numbers of a code
     depth, width, heads: of the transformer that guesses
 

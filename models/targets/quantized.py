@@ -15,7 +15,7 @@ from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
-from models.teachers.tokenizer import Tokenizer
+from models.targets.tokenizer import Tokenizer
 
 UNREAD = ("decoder.", "decode_task_layer.", "quantize.", "loss", "teacher", "scaling")  # what training alone needs
 
