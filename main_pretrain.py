@@ -87,12 +87,12 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         epoch = loader.plan.epoch(step)
         log("          " + verdict(figures, last.get("figures"), epoch - last.get("epoch", 0)))
         last.update(figures=figures, epoch=epoch)
-        images = next(iter(held_out))["image"][: run.panel]
-        pictures = reconstruct(task, images, batches.mean, batches.std, run.seed) if run.panel else None
-        if pictures is not None:
-            sheet = panel(pictures.columns, pictures.caption)
-            log.picture(step, "reconstruction", sheet)
-            if dist.rank() == 0:
+        if run.panel and dist.rank() == 0:  # of many processes, others may hold no image out
+            images = next(iter(held_out))["image"][: run.panel]
+            pictures = reconstruct(task, images, batches.mean, batches.std, run.seed)
+            if pictures is not None:
+                sheet = panel(pictures.columns, pictures.caption)
+                log.picture(step, "reconstruction", sheet)
                 save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
         normalization = {"mean": batches.mean, "std": batches.std, "size": size}
         checkpoint.export(folder / "encoder.safetensors", encoder, normalization)

@@ -11,6 +11,7 @@ from PIL import Image
 from models.encoders.build import build_encoder
 from models.mim.recipes import mae
 from models.monitor.health import health
+from tests.test_loader import joined, same
 from util.config import Data, Run
 from util.data.dice import hash_names
 from util.data.images import open_images
@@ -51,14 +52,6 @@ def load(images, start=0, steps=10, batch=8, weights=(1, 3), **options):
     found = list(itertools.islice(batches, sum(plan.at(step).accumulate for step in range(start, start + steps))))
     batches.close()
     return found
-
-
-def joined(batches):
-    return [(int(i), image) for batch in batches for i, image in zip(batch["index"], batch["image"])]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(i == j and torch.equal(a, b) for (i, a), (j, b) in zip(one, other))
 
 
 def test_an_epoch_of_weighted_sources_has_its_length_and_their_shares(roots):

@@ -23,6 +23,7 @@ from tests import towers
 from tests.methods import built, rough_images, targets
 from tests.towers import clip_file, random_tower, write
 from util import checkpoint
+from util.checkpoint import export
 from util.optim import build_optimizer
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -339,6 +340,23 @@ def test_clip_is_a_target_for_every_method(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_of_ours_is_a_teacher(tmp_path):
+    norm = {"mean": [0.1], "std": [0.2], "size": [32, 32]}
+    encoder = student(1, position="sincos", init="xavier").eval()
+    export(tmp_path / "encoder.safetensors", encoder, norm)
+    tower, images = exact(f"run:{tmp_path}"), torch.randn(2, 1, 32, 32)
+    assert tower.in_chans == 1 and (tower.mean, tower.std) == (norm["mean"], norm["std"])
+    torch.testing.assert_close(tower(images, 8).cells, encoder(images).maps[-1].permute(0, 2, 3, 1))
+    assert eva(student(1), target=f"run:{tmp_path}", unit=16, least=2)({"image": images})["loss"].isfinite()
+    with torch.device("meta"):
+        assert load_teacher(f"run:{tmp_path}").parts[0].vit.norm.weight.is_meta
+    export(tmp_path / "encoder.safetensors", build_encoder("convnextv2_atto"), norm)
+    with pytest.raises(ValueError, match="convnextv2_atto, which is no plain transformer"):
+        load_teacher(f"run:{tmp_path}")
+    with pytest.raises(ValueError, match="no weights at"):
+        load_teacher("run:nowhere")
 
 
 # MILAN's parts
