@@ -25,7 +25,6 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     from util import checkpoint, start
     from util.data.loader import read_schedule
     from util.data.transforms import Augment
-    from util.optim import build_optimizer
     from util.train import precision, seed, train
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
@@ -74,9 +73,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         if task.mixer is not None and any(stage.per_device % 2 for stage in loader.plan.stages):
             raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
         lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
-        optimizer = build_optimizer(
-            task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
-        )
+        optimizer = start.optimizer(task, optim)
 
         def evaluate(step: int) -> dict[str, float]:
             figures = task.evaluate(tests)

@@ -30,7 +30,6 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from util import checkpoint, dist, start
     from util.data.loader import read_schedule
     from util.data.transforms import Augment
-    from util.optim import build_optimizer
     from util.train import seed, train
     from util.visualize import panel, save_panel
 
@@ -73,9 +72,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     depth = {"channels": channels, "bits": found.survey.bits}
     loader = batches.train(Augment(batches.mean, batches.std, None, data.jitter, 0, **crop, **depth))
     lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
-    optimizer = build_optimizer(
-        task, optim.name, optim.weight_decay, optim.betas, optim.momentum, optim.layer_decay, optim.no_decay
-    )
+    optimizer = start.optimizer(task, optim)
     held_out = batches.once(found.val, run.probe)
     bank = batches.once(found.pool, run.probe)  # the same for every data.fraction
     last: dict[str, float] = {}

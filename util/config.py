@@ -90,6 +90,7 @@ class Optim:
         weight_decay_end: where a cosine over the whole run takes weight_decay; by default it stays
         no_decay: parameters whose name contains one of these words have none either
         betas: of adamw and lamb
+        eps: of adamw, added to the root of the second moment
         momentum: of lars and sgd
         layer_decay: factor of the learning rate from each layer to the one before it; 1 for none
         clip: largest norm of the gradient; 0 for none
@@ -107,6 +108,7 @@ class Optim:
     weight_decay_end: float | None = None
     no_decay: list[str] = field(default_factory=list)
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     momentum: float = 0.9
     layer_decay: float = 1.0
     clip: float = 0.0

@@ -77,6 +77,7 @@ def build_optimizer(
     momentum: float = 0.9,
     layer_decay: float = 1.0,
     no_decay: Sequence[str] = (),
+    eps: float = 1e-8,
 ) -> Optimizer:
     """AdamW ("adamw"), LAMB ("lamb"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
 
@@ -86,7 +87,7 @@ def build_optimizer(
     """
     groups = parameter_groups(task, weight_decay, layer_decay, no_decay)
     if name == "adamw":
-        return AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)  # on a CPU too it is several times faster
+        return AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)  # on a CPU too it is several times faster
     if name == "lamb":
         return LAMB(groups, lr=0.0, betas=tuple(betas))
     if name == "lars":

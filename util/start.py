@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
+from torch.optim import Optimizer
 
 from util import dist, flops
 from util.config import Data, Optim, Run, When
@@ -22,7 +23,7 @@ from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
 from util.errors import UserError
 from util.log import Log
-from util.optim import Schedule
+from util.optim import Schedule, build_optimizer
 from util.options import claim_folder
 from util.plan import make_plan
 from util.times import Time, check_times, read_changes, read_time
@@ -37,6 +38,7 @@ LEAST = {
     "run.panel": 0,
     "run.probe": 1,
     "optim.clip": 0,
+    "optim.eps": 0,
 }
 
 
@@ -178,6 +180,12 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int]
         optim.gamma,
     )
     return lambda step: rate(plan.clock(step)) * plan.at(step).batch / 256
+
+
+def optimizer(task: nn.Module, optim: Optim) -> Optimizer:
+    """The optimizer of a run, with its parameter groups."""
+    pace, spared = optim.layer_decay, optim.no_decay
+    return build_optimizer(task, optim.name, optim.weight_decay, optim.betas, optim.momentum, pace, spared, optim.eps)
 
 
 def decay(optim: Optim, steps: float) -> Schedule | None:
