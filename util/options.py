@@ -97,7 +97,7 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
         raise UserError(f"{what}.args of {part.name}: {error}") from None
     try:
         return builder(*given, **options, **vars(found))
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"{what} {part.name}: {error}") from error
 
 

@@ -194,7 +194,7 @@ def decay(optim: Optim, steps: float) -> Schedule | None:
     return None if end is None else Schedule(optim.weight_decay, steps, min_lr=end)
 
 
-REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError)  # what the models raise for what cannot be
+REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError)  # of models that cannot be
 
 
 def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:

@@ -68,8 +68,7 @@ def check_units(masked: int, guessed: int, hide: Hide) -> None:
     stride, unit = hide.encoder.strides[-1], hide.unit
     for what, size in (("the mask's cells have", masked), ("the encoder's last map has cells of", stride)):
         if size % guessed:
-            fits = [n for n in range(1, size + 1) if size % n == 0]
-            near = max(n for n in fits if n <= guessed)
+            near = max(n for n in range(1, guessed + 1) if masked % n == stride % n == 0)
             raise ValueError(
                 f"{what} {size} px, the target's {guessed} px: the target's must divide the others; {near} px would"
             )

@@ -150,7 +150,9 @@ def build_target(name: str, unit: int, encoder: Encoder) -> Target:
         with torch.device(next(encoder.parameters()).device):
             return Teacher(load_teacher(name), unit, encoder)
     if name not in TARGETS:
-        raise ValueError(f'no target is called "{name}"; there are {", ".join(TARGETS)}, clip:FILE and timm:NAME')
+        raise ValueError(
+            f'no target is called "{name}"; there are {", ".join(TARGETS)}, clip:FILE, timm:NAME and run:FOLDER'
+        )
     if name == "hog":
         return HOG(unit, encoder.in_chans)
     if name == "local":

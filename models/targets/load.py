@@ -35,7 +35,7 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
         return from_run(rest, dtype)
     if kind not in released.TOWERS:
         kinds = ", ".join(f"{kind}:FILE" for kind in released.TOWERS)
-        raise ValueError(f'no teacher is called "{source}"; there are {kinds} timm:NAME and run:FOLDER')
+        raise ValueError(f'no teacher is called "{source}"; there are {kinds}, timm:NAME and run:FOLDER')
     if not Path(rest).is_file():
         raise ValueError(f"there is no teacher at {rest}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
     return from_file(kind, Path(rest), dtype, heads)

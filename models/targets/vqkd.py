@@ -37,6 +37,8 @@ class VQKD(nn.Module):
         self, encoder: Encoder, target: nn.Module, vocabulary: int, dim: int, depth: int, width: int, heads: int
     ):
         super().__init__()
+        if vocabulary < 1 or dim < 1:
+            raise ValueError(f"a codebook of {vocabulary} codes of {dim} numbers is none: both have to be at least 1")
         self.tokenizer, self.target = Quantized(encoder, vocabulary, dim), target
         size = {"patch_size": 1, "img_size": 14, "embed_dim": width, "depth": depth, "num_heads": heads}
         self.decoder = build_encoder("vit_base_patch16_224", dim, **size)
