@@ -112,7 +112,7 @@ def transfer(task: str, weights: str, folder: Path, config: Path, root: str, cha
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
     lines = ["| method | epochs | k-NN | linear | fine-tuned | from scratch |", "|---|---|---|---|---|---|"]
-    for one in sorted(rows, key=lambda one: -one["linear"]):
+    for one in sorted(rows, key=lambda one: -one["knn"]):
         cells = [f"{100 * one[task]:.1f}" for task in (*TASKS, "scratch")]
         lines.append(f"| `{one['method']}` | {one['epochs']:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
