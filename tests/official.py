@@ -5,6 +5,7 @@ Every size and option is in a fixture's JSON; a fixture that is not there is a f
 
 import json
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from torch import nn
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
-from models.encoders.weights import load_encoder
+from models.encoders.released.heads import method_key
+from models.encoders.weights import load_encoder, open_weights
 from models.mim.head import Decoder
-from models.mim.weights import method_key
+from models.mim.weights import load_weights
 from models.transfer.classify import Classify
 
 GOLDEN = Path(os.environ.get("MIM_GOLDEN", Path(__file__).parent / "golden"))
@@ -56,7 +58,7 @@ def check_gradients(facts, key, loss, mim, kind, state):
     """The norm of each parameter's gradient is the official one's, through the renaming of weights."""
     mim.zero_grad()
     loss.backward()
-    rename, _ = released.source(kind, state)
+    rename = released.recognise(state, kind)[1].rename
     ours = dict(mim.named_parameters())
     for name, expected in facts[key].items():
         parameter = ours.get(method_key(kind, name, rename))
@@ -67,6 +69,15 @@ def check_gradients(facts, key, loss, mim, kind, state):
             assert gradient is not None and gradient.norm().item() == pytest.approx(expected, rel=1e-3), name
     named = {method_key(kind, name, rename) for name in facts[key]}
     assert {name for name, parameter in ours.items() if parameter.requires_grad} <= named
+
+
+def enter(mim, state):
+    """The official weights go into a method as a file does that somebody brings: nobody says whose it is."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": state, "epoch": 1}, Path(folder) / "official.pth")
+        assert load_weights(mim, open_weights(f"{folder}/official.pth"), log=lines.append)
+    assert len(lines) == 2 and "epoch" in lines[0]
 
 
 def losses_with_gradients(facts):

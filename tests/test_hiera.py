@@ -16,9 +16,8 @@ from models.mim.head import FuseDecoder
 from models.mim.hide import Replace, Skip
 from models.mim.masker import RandomMasker
 from models.mim.recipes import hiera, mae
-from models.mim.weights import load_method_state
 from models.targets.target import Pixels
-from tests.official import golden
+from tests.official import enter, golden
 from tests.test_configs import PRETRAIN, encoder_of
 from util.checkpoint import export
 from util.config import Pretrain
@@ -177,13 +176,12 @@ def test_a_missing_or_unread_key_of_the_method_fails():
                 heads=args["decoder_num_heads"])  # fmt: skip
     mim.head = FuseDecoder(encoder, mim.target, args["decoder_depth"], args["decoder_embed_dim"],
                            args["decoder_num_heads"], args.get("mlp_ratio", 4.0))  # fmt: skip
-    n = len(mim.state_dict())
-    assert load_method_state(mim, "hiera", state) == f"method {n}/{n} tensors"
+    enter(mim, state)
     for key in state:
-        with pytest.raises(ValueError, match=f"method {n - 1}/{n} tensors; missing 1"):
-            load_method_state(mim, "hiera", {k: v for k, v in state.items() if k != key})
-    with pytest.raises(ValueError, match="unread 1: another"):
-        load_method_state(mim, "hiera", state | {"another": state["mask_token"]})
+        with pytest.raises(ValueError, match="missing 1: |it has no |is missing"):
+            enter(mim, {k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match="unread 1: backbone.another"):
+        enter(mim, state | {"another": state["mask_token"]})
 
 
 # the decoder

@@ -20,7 +20,6 @@ from models.mim.hide import Paint, Replace, Skip
 from models.mim.loss import l1, l2
 from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
-from models.mim.weights import load_method_state
 from models.monitor.draw import draw
 from models.targets.target import HOG, Pixels
 from tests.official import (
@@ -32,6 +31,7 @@ from tests.official import (
     check_gradients,
     classifier,
     decoder,
+    enter,
     golden,
     losses_with_gradients,
     norm_layer,
@@ -61,7 +61,7 @@ def test_mae():
         masker = Given(expected["mask"].unflatten(1, (h, w)), patch)
         head = decoder(args, encoder, target, args["decoder_num_heads"])
         mim = MIM(masker, Skip(encoder), head, target, l2).eval()
-        load_method_state(mim, "mae", state)
+        enter(mim, state)
         loss = mim({"image": images})["loss"]
         name = f"loss_norm_pix_{str(normalize).lower()}"
         found[name] = loss
@@ -90,7 +90,7 @@ def simmim_method(facts, state, given, encoder):
     masker = Given(given["mask"][:, ::every, ::every], unit)
     assert torch.equal(masker(images).at(args["patch_size"]), given["mask"].bool())
     mim = MIM(masker, Replace(encoder), LinearHead(encoder, target), target, l1).eval()
-    load_method_state(mim, "simmim", state)
+    enter(mim, state)
     return mim
 
 
@@ -149,7 +149,7 @@ def check_fastmim(facts, state, given, expected, encoder):
         target = Pixels(encoder.strides[-1], encoder.in_chans, normalize=args["norm_pix_loss"])
     head = decoder(args, encoder, target, args["decoder_embed_dim"] // 32, fill=False, positions=False)
     mim = MIM(masker, Paint(encoder), head, target, l2).eval()
-    load_method_state(mim, "fastmim", state)
+    enter(mim, state)
     loss = mim({"image": images})["loss"]
     for key in losses_with_gradients(facts).values():
         check_gradients(facts, key, loss, mim, "fastmim", state)

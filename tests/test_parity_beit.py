@@ -16,9 +16,8 @@ from models.mim.hide import cover
 from models.mim.loss import cross_entropy
 from models.mim.method import MIM
 from models.mim.recipes import beit as beit_method
-from models.mim.weights import load_method_state
 from models.targets.target import Target
-from tests.official import Given, beit, check, check_gradients, golden, losses_with_gradients
+from tests.official import Given, beit, check, check_gradients, enter, golden, losses_with_gradients
 from tests.tokenizers import block_shapes, drawn, tiny_tokenizer
 
 
@@ -48,7 +47,7 @@ def test_beit():
     encoder = beit(UNSAID | args)
     target, masker = Ids(ids, patch, args["vocab_size"]), Given(hidden, patch)
     mim = MIM(masker, cover(encoder), LinearHead(encoder, target), target, cross_entropy).eval()
-    load_method_state(mim, "beit", state)
+    enter(mim, state)
     loss = mim({"image": images})["loss"]
     assert "loss" in losses_with_gradients(facts)
     for key in losses_with_gradients(facts).values():
@@ -73,11 +72,10 @@ def test_a_method_with_its_tokenizer_takes_the_weights(tmp_path):
     facts, state, given, _ = golden("beit")
     args = UNSAID | facts["constructor"]["args"]
     mim = beit_method(beit(args), tiny_tokenizer(tmp_path, vocabulary=args["vocab_size"]))
-    n = sum(not key.startswith("target.") for key in mim.state_dict())
-    assert load_method_state(mim, "beit", state) == f"method {n}/{n} tensors"
+    enter(mim, state)
     assert mim({"image": given["imgs"]})["loss"].isfinite()
     with pytest.raises(ValueError, match="missing 1: head.cells.linear.bias"):
-        load_method_state(mim, "beit", {k: v for k, v in state.items() if k != "lm_head.bias"})
+        enter(mim, {k: v for k, v in state.items() if k != "lm_head.bias"})
 
 
 # BEiT v2
@@ -145,8 +143,7 @@ def test_beitv2():
     hidden = torch.rand(2, SIDE * SIDE).argsort(1).unflatten(1, (SIDE, SIDE)) < 14
     target, masker = Ids(ids, PATCH, VOCABULARY), Given(hidden, PATCH)
     mim = MIM(masker, cover(encoder), PatchAggregation(encoder, target), target, cross_entropy).eval()
-    n = len(state) - 1
-    assert load_method_state(mim, "beitv2", state) == f"method {n}/{n} tensors"
+    enter(mim, state)
     guesses = mim.head(mim.hide(images, masker(images)), masker(images))
     expected = beitv2_logits(state, images, hidden)
     for k, logits in enumerate(expected):
@@ -155,7 +152,7 @@ def test_beitv2():
     loss = sum(F.cross_entropy(logits[hidden.flatten(1)], ids[hidden]) for logits in expected)
     torch.testing.assert_close(mim({"image": images})["loss"], loss, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="missing 1: head.blocks.1.norm1.bias"):
-        load_method_state(mim, "beitv2", {k: v for k, v in state.items() if k != "cls_pt_layers.1.norm1.bias"})
+        enter(mim, {k: v for k, v in state.items() if k != "cls_pt_layers.1.norm1.bias"})
 
 
 def test_an_encoder_is_read_off_a_pretrained_beitv2(tmp_path):

@@ -8,9 +8,8 @@ from models.mim.head import FuseDecoder
 from models.mim.hide import Skip
 from models.mim.loss import l2
 from models.mim.method import MIM
-from models.mim.weights import load_method_state
 from models.targets.target import Pixels
-from tests.official import Given, check, check_classifier, check_gradients, classifier, golden, some
+from tests.official import Given, check, check_classifier, check_gradients, classifier, enter, golden, some
 
 UNTOLD = ("num_heads", "q_pool", "mask_unit_size", "mask_unit_attn")  # by the tensors of a checkpoint
 SIZE = ("embed_dim", "stages", "mlp_ratio", *UNTOLD)
@@ -30,7 +29,7 @@ def test_hiera_mae():
     }
     head = FuseDecoder(encoder, target, mlp_ratio=args.get("mlp_ratio", 4.0), **size)
     mim = MIM(Given(~given["mask"].unflatten(1, (rows, columns)), unit), Skip(encoder), head, target, l2).eval()
-    load_method_state(mim, "hiera", state)
+    enter(mim, state)
     loss, mask = mim({"image": images})["loss"], mim.masker(images)
     check_gradients(facts, "grad_l2_of_loss", loss, mim, "hiera", state)
 

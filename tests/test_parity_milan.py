@@ -9,12 +9,11 @@ from torch import nn
 from models.mim.hide import Skip
 from models.mim.loss import cosine, over_all
 from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
-from models.mim.weights import load_method_state
 from models.targets.frozen import Teacher
 from models.targets.load import load_teacher
 from models.targets.target import Target
 from models.targets.tower import Tokens
-from tests.official import Given, check, check_gradients, golden, losses_with_gradients, vit
+from tests.official import Given, check, check_gradients, enter, golden, losses_with_gradients, vit
 
 
 class Told(Target):
@@ -50,7 +49,7 @@ def test_milan():
     size = args["decoder_depth"], args["decoder_embed_dim"], args["decoder_num_heads"], args.get("mlp_ratio", 4.0)
     masker = Given(expected["mask"].unflatten(1, grid), patch)
     mim = MILAN(masker, Skip(encoder), PromptDecoder(encoder, target, *size), target, cosine, over_all).eval()
-    load_method_state(mim, "milan", state)
+    enter(mim, state)
     loss = mim({"image": images})["loss"]
     for key in losses_with_gradients(facts).values():
         check_gradients(facts, key, loss, mim, "milan", state)

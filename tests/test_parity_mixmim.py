@@ -11,7 +11,6 @@ from models.mim.head import Unmix
 from models.mim.hide import Mix
 from models.mim.loss import l2, over_all
 from models.mim.method import MIM
-from models.mim.weights import load_method_state
 from models.targets.target import Pixels
 from tests.official import (
     Given,
@@ -20,6 +19,7 @@ from tests.official import (
     check_gradients,
     classifier,
     decoder,
+    enter,
     golden,
     losses_with_gradients,
 )
@@ -37,7 +37,7 @@ def mixmim_method(facts, state, given, encoder, normalize):
     }
     guess = decoder({**args, **sizes}, encoder, target, args["decoder_num_heads"])
     mim = MIM(masker, Mix(encoder), Unmix(guess, target), target, l2, over_all).eval()
-    load_method_state(mim, "mixmim", state)
+    enter(mim, state)
     return mim
 
 

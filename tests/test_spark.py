@@ -352,7 +352,7 @@ def test_released_names_and_sizes():
     for name in ("resnet50", "resnet101", "resnet152", "resnet200"):
         with torch.device("meta"):
             state = timm.create_model(name, num_classes=0).state_dict()
-        _, describe = released.source("spark", state)
+        describe = released.recognise(state, "spark")[1].describe
         found, args = describe(state)
         with torch.device("meta"):
             assert found == name and len(build_encoder(found, **args).state_dict()) == len(state)

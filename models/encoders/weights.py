@@ -1,34 +1,56 @@
-"""Weights from files into encoders: our own `encoder.safetensors`, or the checkpoints of official repositories."""
+"""Weights from files into encoders: our own, or whatever others trained; the file itself tells what it is."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
-from models.encoders.released.archive import read_archive
 from models.encoders.released.common import DERIVED, State
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
+from models.encoders.released.fetch import fetch
+from models.encoders.released.layout import Family
+from models.encoders.released.read import Content, read
 from models.encoders.resize import STEM, fit
 
-UNREADABLE = SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
-OTHERWISE = {"clip": CLIP, "open_clip": CLIP, "beit": HALF}  # released weights whose images were not ImageNet's way
+
+@dataclass
+class Weights:
+    """What a file says of an encoder.
+
+    path:          of the file
+    origin:        who wrote it, one of `released.NAMES`; "ours" for a run of this code
+    name, in_chans, args: with which `build_encoder` makes the encoder
+    state:         its tensors by our keys
+    normalization: {"mean", "std", ...} of the images that it learned from; None if nobody says
+    ignored:       how many tensors of the file are what else
+    beside:        what lies in the file beside tensors
+    others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
+    method:        {"name", "args"} with which a run of ours built its method
+    """
+
+    path: Path
+    origin: str
+    name: str
+    in_chans: int
+    args: dict
+    state: State
+    normalization: dict | None
+    ignored: Counter[str] = field(default_factory=Counter)
+    beside: list[str] = field(default_factory=list)
+    others: State = field(default_factory=dict)
+    family: Family | None = None
+    method: dict | None = None
 
 
 def load_encoder(
@@ -40,9 +62,9 @@ def load_encoder(
 ) -> Encoder:
     """The encoder of a file, with its weights, in evaluation mode.
 
-    source:        our own encoder.safetensors or the run folder it lies in, or "mae:", "simmim:", "fastmim:",
-                   or any other of `released.SOURCES` and the path of a checkpoint of that repository, whose sizes are
-                   read off its tensors
+    source:        a file or run folder of ours, or anybody's checkpoint: a path, a URL, "hf:owner/name", "timm:name"
+                   or a short name of `released.RELEASES`. The file tells what it is and how large; "mae:PATH", or
+                   another of `released.NAMES` before the path, insists on it
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
     whole:         build the last blocks, too, that pretraining did without (drop_last); they are fresh, and named
@@ -51,28 +73,43 @@ def load_encoder(
 
     ValueError in one line if the file cannot be read or does not fit.
     """
-    kind, path = parse(source)
-    state, metadata = read(path)
-    ignored: Counter[str] = Counter()
-    if kind:
-        name, in_chans, args, state, ignored = translate(kind, state, path)
-    else:
-        name, in_chans, args = own_plan(metadata, path)
-    name, in_chans = changes.pop("encoder", name), changes.pop("in_chans", in_chans)
-    try:
-        if (args | changes).get("num_heads", 1) is None:
-            raise ValueError("the file does not tell how many attention heads its encoder has: give num_heads")
-        wanted, absent = args | changes, set()
-        if whole and args.get("drop_last") and "drop_last" not in changes:
-            absent = left_out(name, in_chans, wanted)
-            del wanted["drop_last"]
-        encoder = build_encoder(name, in_chans, **wanted)
-        line = load_state(encoder, state, allow_partial, ignored, args.get("img_size"), absent)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if log is not None:
-        log(f"{path}: {line}")
+    found = open_weights(source)
+    absent = set()
+    if whole and found.args.get("drop_last") and "drop_last" not in changes:
+        absent = left_out(found.name, found.in_chans, found.args | changes)
+        del found.args["drop_last"]
+    encoder = build_found(found, **changes)
+    load_found(encoder, found, allow_partial, log, absent)
     return encoder.eval()
+
+
+def build_found(found: Weights, **changes) -> Encoder:
+    """The encoder that a file describes, with `changes`, not yet with its weights. ValueError names the file."""
+    name, in_chans = changes.pop("encoder", found.name), changes.pop("in_chans", found.in_chans)
+    args = found.args | changes
+    if args.get("num_heads", 1) is None:
+        raise ValueError(f"{found.path} does not tell how many attention heads its encoder has: give num_heads")
+    try:
+        return build_encoder(name, in_chans, **args)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from error
+
+
+def load_found(
+    encoder: Encoder,
+    found: Weights,
+    allow_partial: bool = False,
+    log: Callable[[str], None] | None = None,
+    absent: Collection[str] = (),
+) -> None:
+    """Load what a file says into an encoder, as `load_state` does; `log` receives its line, errors name the file."""
+    told = found.ignored, found.args.get("img_size"), absent, found.beside
+    try:
+        line = load_state(encoder, found.state, allow_partial, *told)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from error
+    if log is not None:
+        log(f"{found.path} ({found.origin}): {line}")
 
 
 def left_out(name: str, in_chans: int, args: dict) -> set[str]:
@@ -84,77 +121,62 @@ def left_out(name: str, in_chans: int, args: dict) -> set[str]:
 
 def load_normalization(source: str) -> dict:
     """The {"mean", "std", ...} by which images were normalised when the encoder of `source` was trained."""
-    kind, path = parse(source)
-    if kind:
-        return dict(OTHERWISE.get(kind, IMAGENET))
-    metadata = read(path)[1]
-    if "normalization" not in metadata:
-        raise ValueError(f"{path} does not say how its images were normalised")
-    return json.loads(metadata["normalization"])
+    found = open_weights(source)
+    if found.normalization is None:
+        raise ValueError(f"{found.path} does not say how its images were normalised")
+    return found.normalization
 
 
-def parse(source: str) -> tuple[str, Path]:
-    """The repository that a source is from, empty for our own, and its path. ValueError if there is no such file."""
-    kind, _, rest = source.partition(":")
-    if kind not in released.SOURCES:
+def open_weights(source: str) -> Weights:
+    """What the file of a source says of its encoder. ValueError in one line if it is no encoder's, or not readable."""
+    kind, path = locate(source)
+    content = read(path)
+    if "encoder" in content.metadata:
+        plan, norm, method = (
+            json.loads(content.metadata.get(key, "null")) for key in ("encoder", "normalization", "method")
+        )
+        own = plan["name"], plan["in_chans"], plan["args"], content.state, norm
+        return Weights(path, "ours", *own, method=method)
+    try:
+        return translate(path, kind, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def locate(source: str) -> tuple[str, Path]:
+    """The origin that a source insists on, empty if it does not, and its file, fetched if it is elsewhere."""
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in released.NAMES:
         kind, rest = "", source
-    path = Path(rest)
+    path = fetch(rest)
     if path.is_dir():
         path = path / "encoder.safetensors"
     if not path.is_file():
-        kinds = ", ".join(f"{kind}:PATH" for kind in released.SOURCES)
-        raise ValueError(f"there are no weights at {path}: give our encoder.safetensors, or {kinds}")
+        raise ValueError(f"there are no weights at {path}: give a run's folder or a checkpoint")
     return kind, path
 
 
-def read(path: Path) -> tuple[State, dict[str, str]]:
-    """The tensors of a file by key, and its metadata if it has any. ValueError if it is cut short."""
+def translate(path: Path, kind: str, content: Content) -> Weights:
+    """What somebody else's file says, in our keys."""
+    check_derived(content.state)
+    origin, family, state = released.recognise(content.state, kind)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE stores its options beside the weights
-            mapped = zipfile.is_zipfile(path)  # then only what is used is read
-            content = read_archive(path) or torch.load(path, "cpu", weights_only=True, mmap=mapped)
-    except UNREADABLE as error:
-        why = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"{path} cannot be read, it may be cut short: {why}") from error
-    for key in ("model", "model_state", "state_dict", "module", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not state:
-        raise ValueError(f"{path} holds no tensors by name")
-    return {key.removeprefix("module."): value for key, value in state.items()}, {}
-
-
-def own_plan(metadata: dict[str, str], path: Path) -> tuple[str, int, dict]:
-    """How to build the encoder of our own file: name, in_chans, arguments."""
-    if "encoder" not in metadata:
-        kinds = ", ".join(f"{kind}:{path}" for kind in released.SOURCES)
-        raise ValueError(f"{path} does not say which encoder it holds; if it is another repository's, write {kinds}")
-    plan = json.loads(metadata["encoder"])
-    return plan["name"], plan["in_chans"], plan["args"]
-
-
-def translate(kind: str, state: State, path: Path) -> tuple[str, int, dict, State, Counter[str]]:
-    """An official state in our keys, with how to build its encoder and what of it is not the encoder's."""
-    rename, describe = released.source(kind, state)
-    check_derived(state)
-    try:
-        state = released.prepare(kind, state)
-        name, args = describe(state)
+        state = family.prepare(state)
+        name, args = family.describe(state)
     except KeyError as error:
-        raise ValueError(f"{path} is no checkpoint of {kind}: it has no {error.args[0]}") from error
+        raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
     for key, value in state.items():
-        new = rename(key)
+        new = family.rename(key)
         if new is not None:
             ours[new] = dense(key, value)
         else:
             ignored[what(key)] += 1
-    stem = next(value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM))
-    return name, stem.shape[1], args, ours, ignored
+    stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
+    if stem is None:
+        raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
+    norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
+    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
 
 
 def what(key: str) -> str:
@@ -170,12 +192,13 @@ def load_state(
     ignored: Counter[str] | None = None,
     img_size: int | Sequence[int] | None = None,
     absent: Collection[str] = (),
+    beside: Sequence[str] = (),
 ) -> str:
     """Load tensors of our keys into an encoder, resized where its grid, windows or channels differ; one line on it.
 
-    img_size is what the file's encoder was built for, if known; absent are the keys that it did without. ValueError,
-    with figures and the first keys, if any other of the encoder is missing or any of the file is left over, unless
-    allow_partial.
+    img_size is what the file's encoder was built for, if known; absent are the keys that it did without; ignored and
+    beside are told. ValueError, with figures and the first keys, if any other of the encoder is missing or any of the
+    file is left over, unless allow_partial.
     """
     ignored, resized, misfits = Counter(ignored), Counter(), []
     own, fitted = encoder.state_dict(), {}
@@ -192,10 +215,12 @@ def load_state(
                 fitted[key] = fits
     missing = [key for key in own if key not in fitted and key not in state and key not in absent]
     unread = [key for key in state if key not in own and not (key.startswith("vit.norm.") and not encoder.normed)]
+    decoder = ignored.pop("decoder", 0)
     line = (
         f"encoder {len(fitted)}/{len(own)} tensors, {millions(fitted)}/{millions(own)} parameters"
+        + (f"; decoder {decoder}" if decoder else "")
         + listed("resized", [how if n == 1 else f"{how} ({n})" for how, n in resized.items()])
-        + listed("ignored", [f"{what} {n}" for what, n in ignored.items()])
+        + listed("ignored", [*(f"{what} {n}" for what, n in ignored.items()), *beside])
         + listed("left out in pretraining, now fresh", owners(encoder, [key for key in absent if key not in fitted]))
     )
     wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
@@ -204,6 +229,14 @@ def load_state(
     encoder.load_state_dict(fitted, strict=False)
     fresh = [key for key in own if key not in fitted and key not in absent]
     return line + named("fresh", fresh) + named("unread", unread)
+
+
+def checksum(encoder: Encoder) -> int:
+    """A number that changes with any bit of an encoder's weights: equal numbers prove that nothing was touched."""
+    number = 0
+    for value in encoder.state_dict().values():
+        number = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), number)
+    return number
 
 
 def owners(encoder: Encoder, keys: Collection[str]) -> list[str]:

@@ -1,120 +1,129 @@
-"""Pretraining checkpoints of official repositories into methods: the encoder, and the decoder beside it."""
+"""Pretraining checkpoints into methods: the encoder, and the decoder beside it."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from pathlib import Path
 
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.encoders import released
-from models.encoders.released.common import State, is_sincos
-from models.encoders.released.convnext import BLOCK, dense, substitute
-from models.encoders.released.derived import check_derived
-from models.encoders.weights import named
+from models.encoders.released.common import State, count, is_sincos
+from models.encoders.released.convnext import dense
+from models.encoders.released.heads import HEADS, ORDER, method_key
+from models.encoders.released.read import read
+from models.encoders.weights import Weights, build_found, load_found, named, open_weights, shape
 from models.mim.method import MIM
+from models.mim.recipes import METHODS
 from models.targets.target import HOG, Pixels
 
-TRANSFORMER = (
-    (r"^decoder_embed\.", "head.project."),
-    (r"^decoder_blocks\.", "head.blocks."),
-    (r"^decoder_norm\.", "head.norm."),
-    (r"^decoder_pred\.", "head.cells.linear."),
-)
-BEIT = ((r"^mask_token$", "hide.fill.token"), (r"^lm_head\.", "head.cells.linear."))
-HEADS = {  # what lies beside the encoder: official key, ours
-    "mae": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
-    "milan": ((r"^mask_token$", "head.fill.token"), *TRANSFORMER),
-    "simmim": ((r"^mask_token$", "hide.fill.token"), (r"^decoder\.0\.", "head.cells.linear.")),
-    "fastmim": ((r"^mask_token$", "hide.fill.token"), *TRANSFORMER),
-    "hiera": (
-        (r"^mask_token$", "head.fill.token"),
-        (r"^multi_scale_fusion_heads\.", "head.fuse."),
-        (r"^encoder_norm\.", "head.fused_norm."),
-        (r"^decoder_pos_embed$", "head.table"),
-        *TRANSFORMER,
-    ),
-    "convnextv2": (
-        (r"^mask_token$", "head.fill.token"),
-        (r"^proj\.", "head.project."),
-        (r"^pred\.", "head.cells.linear."),
-        (r"^decoder\.(\d+\..*)", lambda found: f"head.blocks.{substitute(BLOCK, found[1])}"),
-    ),
-    "mixmim": ((r"^mask_token$", "head.head.fill.token"), *((old, f"head.{new}") for old, new in TRANSFORMER)),
-    "beit": BEIT,
-    "beitv2": (*BEIT, (r"^cls_pt_layers\.", "head.blocks."), (r"^norm\.", "head.norm.")),
-}
+CHECKPOINT = "last.pt"  # of a run of ours: its decoder is there
+FCMAE = {"convnextv2": "fcmae"}  # the one origin that is not called as its method
 
 
-def method_key(kind: str, key: str, rename: released.Rename) -> str | None:
-    """Our key of MIM for an official one of a kind in HEADS; None if it is computed, not learned.
+def load_method(source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args) -> MIM:
+    """The method of a pretraining checkpoint, encoder and decoder with their weights, in evaluation mode.
 
-    rename: the encoder's, from `released.source`
+    source:  as for `load_encoder`; the file tells which method it is of, and how deep and wide its decoder is
+    log:     receives a line on the encoder and one on the decoder
+    changes: arguments of the encoder that differ from the file's
+    args:    of the method's builder, where the file does not tell them (ratio, target, heads) or others are wanted
+
+    ValueError in one line if the file cannot be read, does not fit or holds no decoder.
     """
-    bare = key.removeprefix("encoder.")
-    for old, new in HEADS[kind]:
-        if re.match(old, bare):
-            return re.sub(old, new, bare)
-    inner = None if bare == "decoder_pos_embed" else rename(key)
-    return None if inner is None else f"hide.encoder.{inner}"
+    found = open_weights(source)
+    name, told = describe_method(found)
+    if name not in METHODS:
+        raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
+    mim = METHODS[name](build_found(found, **changes or {}), **told | args)
+    if not load_weights(mim, found, log=log):
+        raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
+    return mim.eval()
 
 
-# the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
-CELLS_FIRST, CHANNELS_FIRST = "(p y q x c)", "(c p y q x)"
-ORDER = {
-    "mae": CELLS_FIRST,
-    "milan": CELLS_FIRST,
-    "fastmim": CELLS_FIRST,
-    "simmim": CHANNELS_FIRST,
-    "mixmim": CELLS_FIRST,
-    "hiera": CHANNELS_FIRST,
-    "convnextv2": CELLS_FIRST,
-}
+def describe_method(found: Weights) -> tuple[str, dict]:
+    """The builder of METHODS for a pretraining checkpoint, and those of its arguments that the file tells."""
+    if found.method is not None:
+        return found.method["name"], found.method["args"]
+    blocks, width = r"decoder_blocks\.(\d+)\.", "decoder_embed.weight"
+    if found.origin in FCMAE:
+        blocks, width = r"decoder\.(\d+)\.", "proj.weight"
+    size = {"depth": count(found.others, blocks), "width": len(found.others[width])} if width in found.others else {}
+    return FCMAE.get(found.origin, found.origin), size
 
 
-def load_method_state(mim: MIM, kind: str, state: State) -> str:
-    """Load the whole official state of a pretraining model of a kind in HEADS; one line on what was read.
+def load_weights(
+    mim: MIM, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
+) -> bool:
+    """Load a file's encoder and, where it has one, its decoder into a method; whether it had one.
 
-    ValueError, naming the first keys, if any tensor of the method is missing or any of the file is left over.
+    log: receives a line on each. ValueError in one line, with figures and the first keys, if any tensor of either is
+    missing, left over or of another shape, unless allow_partial.
     """
-    rename, _ = released.source(kind, state)
-    check_derived(state)
-    own = {key: value for key, value in mim.state_dict().items() if not key.startswith("target.")}  # which is frozen
-    ours, unread, misfits = {}, [], []
-    for key, value in state.items():
-        new = method_key(kind, key, rename)
-        if key == "decoder_pos_embed" and new is None:
-            check_positions(value)
-        elif new is not None and new not in own:
-            unread.append(key)
-        elif new is not None:
-            value = dense(key, value)
-            value = in_our_order(mim, kind, new, value) if ".cells.linear." in new else value
-            if value.numel() != own[new].numel():
-                misfits.append(f"{key} ({tuple(value.shape)} in the file, {tuple(own[new].shape)} here)")
-            else:
-                ours[new] = value.reshape(own[new].shape)
-    missing = [key for key in own if key not in ours]
-    line = f"method {len(ours)}/{len(own)} tensors"
-    wrong = named("missing", missing) + named("unread", unread) + named("of other shape", misfits)
-    if wrong:
-        raise ValueError(f"the weights do not fit: {line}{wrong}")
-    mim.load_state_dict(ours, strict=False)
-    return line
+    load_found(mim.encoder, found, allow_partial, log)
+    state = head_state(mim, found)
+    if not state:
+        return False
+    own = beside_encoder(mim)
+    misfits = [k for k in state if k in own and state[k].numel() != own[k].numel()]
+    fitted = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k not in misfits}
+    line = f"decoder {len(fitted)}/{len(own)} tensors"
+    wrong = (
+        named("missing", [k for k in own if k not in state])
+        + named("unread", [k for k in state if k not in own])
+        + named("of other shape", [f"{k} ({shape(state[k])} in the file, {shape(own[k])} here)" for k in misfits])
+    )
+    if wrong and not allow_partial:
+        raise ValueError(f"{found.path}: the decoder does not fit: {line}{wrong}; allow_partial loads what fits")
+    mim.load_state_dict(fitted, strict=False)
+    if log is not None:
+        log(f"{found.path} ({found.origin}): {line}{wrong}")
+    return True
 
 
-def in_our_order(mim: MIM, kind: str, key: str, value: Tensor) -> Tensor:
+def beside_encoder(mim: MIM) -> State:
+    """The tensors of a method that are neither its encoder's nor its target's, which is frozen."""
+    encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
+    return {k: v for k, v in mim.state_dict().items() if not k.startswith((f"{encoder}.", "target."))}
+
+
+def head_state(mim: MIM, found: Weights) -> State:
+    """What lies beside a file's encoder, by the method's keys and in its order; empty if there is nothing."""
+    if found.origin == "ours":
+        return run_state(mim, found.path.with_name(CHECKPOINT))
+    state = {}
+    for key, value in found.others.items() if found.origin in HEADS else ():
+        new = method_key(found.origin, key, found.family.rename)
+        if new is None or new.startswith("hide.encoder."):
+            if key == "decoder_pos_embed":
+                check_positions(value)
+        elif ".cells.linear." in new and new in mim.state_dict():
+            state[new] = in_our_order(mim, found.origin, new, value)
+        else:
+            state[new] = dense(key, value)
+    return state
+
+
+def run_state(mim: nn.Module, path: Path) -> State:
+    """What lies beside the encoder in a checkpoint of our own; empty if there is none."""
+    if not path.is_file():
+        return {}
+    encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
+    return {k: v for k, v in read(path).state.items() if not k.startswith(f"{encoder}.")}
+
+
+def in_our_order(mim: MIM, origin: str, key: str, value: Tensor) -> Tensor:
     """The rows of a decoder's last layer in the order of `Cells`: cells, then what the target says of each."""
     cells = mim.get_submodule(key.partition(".linear.")[0])
     split, target, channels = cells.split, mim.target, mim.encoder.in_chans
-    if kind not in ORDER or len(value) != split**2 * target.dim:
+    if origin not in ORDER or len(value) != split**2 * target.dim:
         return value
     if isinstance(target, HOG):  # FastMIM: all cells of a number, then the next number
         return rearrange(value, "(d p q) ... -> (p q d) ...", p=split, q=split)
     if not isinstance(target, Pixels):
         return value
     sizes = {"p": split, "q": split, "y": target.unit, "x": target.unit, "c": channels}
-    return rearrange(value, f"{ORDER[kind]} ... -> (p q y x c) ...", **sizes)
+    return rearrange(value, f"{ORDER[origin]} ... -> (p q y x c) ...", **sizes)
 
 
 def check_positions(table: Tensor) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 
 from models.encoders import released
 from models.encoders.build import build_encoder
+from models.encoders.released.common import State
+from models.encoders.released.read import read
 from models.encoders.released.tower import is_clip
-from models.encoders.weights import CLIP, IMAGENET, load_encoder, load_normalization, load_state, read
+from models.encoders.weights import load_encoder, load_normalization, load_state
 from models.targets.tower import Tower
 
 
@@ -43,9 +45,9 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
 
 def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> Tower:
     try:
-        state = released.prepare(kind, read(path)[0])
-        rename, describe = released.source(kind, state)
-        name, args = describe(state)
+        _, family, state = released.recognise(read(path).state, kind)
+        state = family.prepare(state)
+        name, args = family.describe(state)
     except KeyError as error:
         raise ValueError(f"{path} is no teacher: it has no {error.args[0]}") from error
     args["num_heads"] = heads or args["num_heads"]
@@ -55,11 +57,11 @@ def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> T
     state = {key: value.to(device) for key, value in state.items()}
     encoder = build_encoder(name, in_chans, **args)
     try:
-        load_state(encoder, {rename(key): value for key, value in state.items() if rename(key)})
+        load_state(encoder, {family.rename(key): value for key, value in state.items() if family.rename(key)})
     except ValueError as error:
         why = str(error).removesuffix("; allow_partial loads what fits")
         raise ValueError(f"{path} is no whole teacher: {why}") from error
-    norm = CLIP if is_clip(state) else IMAGENET
+    norm = released.CLIP if is_clip(state) else released.IMAGENET
     head = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
     return Tower(encoder, projection(head, encoder.width, path), norm["mean"], norm["std"], dtype)
 
@@ -74,7 +76,7 @@ def from_run(folder: str, dtype: torch.dtype) -> Tower:
     return Tower(encoder.to(torch.get_default_device()), nn.Identity(), norm["mean"], norm["std"], dtype)
 
 
-def projection(head: released.State, width: int, path: Path) -> nn.Module:
+def projection(head: State, width: int, path: Path) -> nn.Module:
     """The linear layer of a "weight" (dim, width) and "bias"; nothing if there are none."""
     if not head:
         return nn.Identity()

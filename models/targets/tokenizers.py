@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from models.encoders.build import build_encoder
-from models.encoders.weights import named, read
+from models.encoders.released.read import read
+from models.encoders.weights import named
 from models.targets import dvae, quantized
 from models.targets.tokenizer import Tokenizer
 
@@ -31,8 +32,8 @@ def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
         return quantized.Quantized(build_encoder("vit_base_patch16_224", in_chans))
     kind, path = find(source)
     try:
-        state, metadata = read(path)
-        tokenizer, ours = RELEASED[kind](state) if kind else quantized.from_run(state, metadata)
+        content = read(path)
+        tokenizer, ours = RELEASED[kind](content.state) if kind else quantized.from_run(content.state, content.metadata)
     except KeyError as error:
         raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}: it has no {error.args[0]}") from error
     except ValueError as error:
