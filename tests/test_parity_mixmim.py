@@ -1,6 +1,5 @@
 """MixMIM gives the numbers of the official code, read from the folder MIM_GOLDEN."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -74,7 +73,7 @@ def test_mixmim_finetune(tmp_path):
 def test_a_checkpoint_of_another_image_size_has_stretched_positions(tmp_path):
     """As fine-tuning at 384 px leaves them: 224 px have a grid of 56 places."""
     facts, state, given, _ = golden("mixmim_finetune")
-    images, path = given["imgs"], tmp_path / "official.pth"
+    images, path, lines = given["imgs"], tmp_path / "official.pth", []
     n, width = state["absolute_pos_embed"].shape[1:]
     table = sincos(56, 56, width).movedim(-1, 0)[None]
     grid = tuple(side // facts["constructor"]["args"]["patch_size"] for side in images.shape[-2:])
@@ -86,5 +85,5 @@ def test_a_checkpoint_of_another_image_size_has_stretched_positions(tmp_path):
         plain = load_encoder(f"mixmim:{path}", pos_size=None)
         torch.testing.assert_close(encoder(images).maps[-1], plain.encode(moved).maps[-1])
     torch.save({"model": state | {"absolute_pos_embed": torch.rand(1, n, width)}}, path)
-    with pytest.raises(ValueError, match="absolute_pos_embed.*another geometry"):
-        load_encoder(f"mixmim:{path}")
+    load_encoder(str(path), log=lines.append)
+    assert "absolute_pos_embed, which is not what is computed in its place" in lines[0]

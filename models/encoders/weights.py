@@ -158,8 +158,8 @@ def locate(source: str) -> tuple[str, Path]:
 
 def translate(path: Path, kind: str, content: Content) -> Weights:
     """What somebody else's file says, in our keys."""
-    check_derived(content.state)
     origin, family, state = released.recognise(content.state, kind)
+    strange = check_derived(state)
     try:
         state = family.prepare(state)
         name, args = family.describe(state)
@@ -176,7 +176,8 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
     norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
-    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
+    beside = content.beside + [f"{key}, which is not what is computed in its place" for key in strange[:1]]
+    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, beside, state, family)
 
 
 def what(key: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.encoders.released.common import State, count, is_sincos
+from models.encoders.released.common import State, count
 from models.encoders.released.convnext import dense
 from models.encoders.released.heads import HEADS, ORDER, method_key
 from models.encoders.released.read import read
@@ -95,9 +95,8 @@ def head_state(mim: MIM, found: Weights) -> State:
     for key, value in found.others.items() if found.origin in HEADS else ():
         new = method_key(found.origin, key, found.family.rename)
         if new is None or new.startswith("hide.encoder."):
-            if key == "decoder_pos_embed":
-                check_positions(value)
-        elif ".cells.linear." in new and new in mim.state_dict():
+            continue
+        if ".cells.linear." in new and new in mim.state_dict():
             state[new] = in_our_order(mim, found.origin, new, value)
         else:
             state[new] = dense(key, value)
@@ -124,9 +123,3 @@ def in_our_order(mim: MIM, origin: str, key: str, value: Tensor) -> Tensor:
         return value
     sizes = {"p": split, "q": split, "y": target.unit, "x": target.unit, "c": channels}
     return rearrange(value, f"{ORDER[origin]} ... -> (p q y x c) ...", **sizes)
-
-
-def check_positions(table: Tensor) -> None:
-    """ValueError unless a decoder's positions are the fixed ones, which ours computes."""
-    if not is_sincos(table):
-        raise ValueError(f"decoder_pos_embed {tuple(table.shape)} is not the sine-cosine table that this decoder adds")

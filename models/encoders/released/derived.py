@@ -1,4 +1,4 @@
-"""Buffers that are computed, not learned: a checkpoint's must be what the encoder computes."""
+"""Buffers that are computed, not learned: where a checkpoint's are meant, they must be what the encoder computes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ import math
 import torch
 from timm.models import beit
 from timm.models.swin_transformer import get_relative_position_index
+from torch import Tensor
 
 from models.encoders.released.common import MIXMIM_GRID, State, is_sincos
 
 
-def check_derived(state: State) -> None:
-    """ValueError if a buffer that the encoder computes anew is not what a checkpoint holds."""
+def check_derived(state: State) -> list[str]:
+    """The keys of computed buffers that hold something else, placeholders say; ours are used instead.
+
+    ValueError if one is a buffer of its kind, but of another geometry: then the weights beside it mean other places.
+    """
+    strange = []
     for key, value in state.items():
         if key.endswith("relative_position_index"):
-            side = math.isqrt(len(value))  # with a class token, (1 + n, 1 + n), n is a square; without, n itself is
-            swins = side**2 == len(value)
-            side = side if swins else math.isqrt(len(value) - 1)
-            ours = get_relative_position_index(side, side) if swins else beit.gen_relative_position_index((side, side))
-            same = value.shape == ours.shape and torch.equal(value, ours)
+            same, meant = compare_index(value)
         elif key.endswith("attn_mask"):
-            same = torch.equal(value.float(), shifted_mask(math.isqrt(len(value)), math.isqrt(value.shape[1])))
+            ours = shifted_mask(math.isqrt(len(value)), math.isqrt(value.shape[1]))
+            same = value.shape == ours.shape and torch.equal(value.float(), ours)
+            meant = set(value.unique().tolist()) == {-100, 0}
         elif key.endswith("absolute_pos_embed"):
-            same = is_sincos(value) or is_sincos(value, MIXMIM_GRID)
+            same, meant = is_sincos(value) or is_sincos(value, MIXMIM_GRID), False
+        elif key == "decoder_pos_embed" and "multi_scale_fusion_heads.0.weight" not in state:  # Hiera's is learned
+            same, meant = is_sincos(value), False
         else:
             continue
-        if not same:
+        if meant and not same:
             raise ValueError(f"{key} of the checkpoint is not what this encoder computes: it has another geometry")
+        strange += [] if same else [key]
+    return strange
+
+
+def compare_index(value: Tensor) -> tuple[bool, bool]:
+    """Whether an index of relative positions (n, n) is ours, and whether it is one at all: all offsets occur in it."""
+    side = math.isqrt(len(value))  # with a class token, (1 + n, 1 + n), n is a square; without, n itself is
+    if side**2 == len(value):
+        ours = get_relative_position_index(side, side)
+    else:
+        side = math.isqrt(len(value) - 1)
+        ours = beit.gen_relative_position_index((side, side))
+    meant = torch.equal(value.unique().long(), ours.unique())
+    return value.shape == ours.shape and torch.equal(value.long(), ours), meant
 
 
 def shifted_mask(across: int, window: int) -> Tensor:

@@ -19,8 +19,9 @@ def describe_mixmim(state: State) -> tuple[str, dict]:
     """As `describe_vit`, for MixMIM's encoder, whose image size shows in its positions."""
     _, args = describe_swin(state)
     positions, patch = state["absolute_pos_embed"], args["patch_size"]
+    stretched = is_sincos(positions, MIXMIM_GRID) and not is_sincos(positions)
     tables = [state[f"layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(len(args["depths"]))]
     args["window_size"] = tuple(window_of(table) for table in tables)
     args["img_size"] = math.isqrt(positions.shape[1]) * patch
-    args["pos_size"] = None if is_sincos(positions) else MIXMIM_GRID * patch
+    args["pos_size"] = MIXMIM_GRID * patch if stretched else None
     return f"mixmim_{SIZES_MIXMIM.get(args['embed_dim'], 'base')}", args
