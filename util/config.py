@@ -28,7 +28,8 @@ class Data:
     A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]].
 
     Args:
-        root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several
+        root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several, and
+            a file that several name counts once, for the first of them
         weights: of each of several roots, in proportion to which images are drawn; by default each image once an epoch
         val: held-out images of the same forms; by default a val part of root, or 1 % of it (at most 5,000)
         size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]
