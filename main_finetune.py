@@ -23,14 +23,14 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     from models.transfer.frozen import features, knn
     from models.transfer.recipes import TASKS
     from util import checkpoint, start
-    from util.data.loader import read_schedule
     from util.data.transforms import Augment
+    from util.times import last_size
     from util.train import precision, seed, train
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
     start.check(data, optim, run)
     device, log = start.begin(run, plain)
-    size = read_schedule(data.size)[-1][1]
+    size = last_size(data, run)
     changes = {"img_size": size} | config.changes
     seed(run.seed)
     if config.weights == "none":

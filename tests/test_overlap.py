@@ -122,7 +122,7 @@ def test_millions_of_names_are_compared_quickly_and_no_file_is_asked_for(tmp_pat
 def test_roots_of_different_channels_are_told(tmp_path):
     grey, colour, bands = (write(tmp_path / name, 30, n) for name, n in (("grey", 1), ("colour", 3), ("bands", 4)))
     said = str(open_images([str(grey), str(colour)]).survey)
-    assert f"channels  1 in {grey}, 3 in {colour}: all are made 3" in said and "cannot" not in said
+    assert f"channels  1 in {grey}, 3 in {colour}: the run takes 3" in said and "cannot" not in said
     said = str(open_images([str(colour), str(bands)], channels=3).survey)
     assert f"3 in {colour}, 4 in {bands}" in said
     assert "of 59 images looked at have 4 channels, which cannot be made 3: they count as unreadable" in said

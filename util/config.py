@@ -25,7 +25,8 @@ class Part:
 class Data:
     """Images, how they are cut, and how many make a step.
 
-    A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]].
+    A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]]; changes
+    after the end of a shortened run are told and ignored.
 
     Args:
         root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several, and
@@ -83,7 +84,7 @@ class Optim:
         lr: learning rate after the warm-up, per 256 images
         min_lr: where the cosine ends, per 256 images
         warmup_lr: where the warm-up starts, per 256 images
-        warmup: time of the linear warm-up
+        warmup: time of the linear warm-up; one that does not end within the run is told
         milestones: times after each of which lr is multiplied by gamma, instead of the cosine
         gamma: see milestones
         cosine_from: time at which the cosine is at its top; by default the end of the warm-up (SimMIM 0)

@@ -25,8 +25,8 @@ from util.errors import UserError
 from util.log import Log
 from util.optim import Schedule, build_optimizer
 from util.options import claim_folder
-from util.plan import make_plan
-from util.times import Time, check_times, read_changes, read_time
+from util.plan import Plan, make_plan
+from util.times import check_times, length, read_changes, read_time
 
 LEAST = {
     "data.batch": 1,
@@ -119,23 +119,25 @@ class Batches:
 
     def train(self, transform: Transform) -> Loader:
         """Endless random batches of the training images."""
-        data, run, images = self.data, self.run, self.found.train
-        length = Time(run.steps, "steps") if run.steps is not None else Time(100 if run.epochs is None else run.epochs)
-        plan = make_plan(len(images), data.batch, run.per_device, data.size, length, dist.world())
-        options = {"seed": run.seed, "workers": data.workers, "weights": data.weights, **self.where}
-        loader = Loader(images, transform, plan, self.mean, self.std, **options)
+        options = {"seed": self.run.seed, "workers": self.data.workers, "weights": self.data.weights, **self.where}
+        loader = Loader(self.found.train, transform, self.plan(dist.world()), self.mean, self.std, **options)
         for line in loader.order.describe(self.found.roots):
             self.log(line)
         return loader
 
+    def plan(self, world: int) -> Plan:
+        """The plan of the run on so many processes."""
+        data, run = self.data, self.run
+        return make_plan(len(self.found.train), data.batch, run.per_device, data.size, length(run), world)
+
     def once(self, images: Images, most: int | None = None) -> Ordered:
-        """Every image once, or a fixed sample of at most `most`, cut from the centre at the schedule's last size."""
+        """Every image once, or a fixed sample of at most `most`, cut from the centre at the last size of the plan."""
         if most is not None:
             images = images.take(np.sort(pick(len(images), most, 0)))
-        crop, size = CentreCrop(self.data.crop, self.data.interpolation), read_schedule(self.data.size)[-1][1]
-        batch, few = read_changes("data.batch", self.data.batch), read_changes("run.per_device", self.run.per_device)
-        few, workers = few[-1][1] or max(batch[-1][1] // dist.world(), 1), min(self.data.workers, 4)
-        return Ordered(images, crop, few, size, self.mean, self.std, workers=workers, **self.where)
+        last = self.plan(1).stages[-1]  # where nothing is trained, batches need not come out even over processes
+        few, workers = min(last.per_device, max(last.batch // dist.world(), 1)), min(self.data.workers, 4)
+        crop = CentreCrop(self.data.crop, self.data.interpolation)
+        return Ordered(images, crop, few, last.size, self.mean, self.std, workers=workers, **self.where)
 
 
 def normalization(data: Data, images: Images, stored: dict | None) -> tuple[list[float], list[float], str]:
@@ -179,7 +181,22 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int]
         tuple(when("optim.milestones", milestone) for milestone in optim.milestones),
         optim.gamma,
     )
+    for line in unreached(rate, plan):
+        log(line)
     return lambda step: rate(plan.clock(step)) * plan.at(step).batch / 256
+
+
+def unreached(rate: Schedule, plan: Plan) -> Iterator[str]:
+    """What of a learning rate a run ends before, a line each."""
+    length, factor = f"the run {rate.steps:.4g}", plan.at(plan.steps).batch / 256
+    if rate.warmup >= rate.steps:
+        ends = f"{rate(plan.clock(plan.steps - 1)) * factor:.3g} of {rate.lr * factor:.3g}"
+        yield f"warning   optim.warmup is {rate.warmup:.4g} {plan.unit}, {length}: the rate ends at {ends}"
+    late = [milestone for milestone in rate.milestones if milestone >= rate.steps]
+    if late:
+        yield f"warning   optim.milestones has {numbers(late)} {plan.unit}, {length}: the rate does not fall there"
+    if not rate.milestones and (rate.origin or 0) >= rate.steps:
+        yield f"warning   optim.cosine_from is {rate.origin:.4g} {plan.unit}, {length}: the rate never falls"
 
 
 def optimizer(task: nn.Module, optim: Optim) -> Optimizer:

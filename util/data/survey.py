@@ -71,7 +71,7 @@ class Survey:
             )
         usual = [(root, found.most_common(1)[0][0]) for root, found in zip(self.roots, self.found) if found]
         if len({given for _, given in usual}) > 1:
-            yield f"channels  {', '.join(f'{given} in {root}' for root, given in usual)}: all are made {self.channels}"
+            yield f"channels  {', '.join(f'{given} in {root}' for root, given in usual)}: the run takes {self.channels}"
         for given, count in sorted(sum(self.found, Counter()).items()):
             if not fits(given, self.channels):
                 yield (
