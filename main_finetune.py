@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from util.config import Finetune
-from util.errors import UserError, command
+from util.errors import UserError, command, told
 from util.options import build, read
 
 
@@ -29,7 +29,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
     start.check(data, optim, run)
-    device, log = start.begin(run, plain)
+    device, log = start.begin(config, plain)
     size = last_size(data, run)
     changes = {"img_size": size} | config.changes
     seed(run.seed)
@@ -37,12 +37,12 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         if config.encoder is None:
             raise UserError("weights is none, so encoder.name has to say what to build")
         found, stored = start.find_data(data, run.seed, True, None, log), None
-        with start.told("encoder"):
+        with told("encoder"):
             encoder = build_encoder(config.encoder.name, found.train.channels, **config.encoder.args | changes)
     else:
         if data.in_chans is not None:
             changes["in_chans"] = data.in_chans
-        with start.told("weights"):
+        with told("weights"):
             learns = config.task.name == "finetune"  # then blocks that pretraining left out come back, fresh
             encoder = load_encoder(config.weights, config.allow_partial, log, learns, **changes)
             stored = load_normalization(config.weights)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util import dist, flops
-from util.config import Data, Optim, Run, When
+from util.config import Data, Finetune, Optim, Pretrain, Run, When
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
 from util.data.loader import Loader, Ordered, read_schedule
 from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
-from util.errors import UserError
+from util.errors import REFUSALS, UserError, first_line
 from util.log import Log
 from util.optim import Schedule, build_optimizer
 from util.options import claim_folder
@@ -50,6 +49,10 @@ def check(data: Data, optim: Optim, run: Run) -> None:
         for _, value in read_changes(key, getattr(sections[section], name)):
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}, but has to be at least {least}")
+    for _, size in read_schedule(data.size):
+        if min(size) < 1:
+            side = size[0] if size[0] == size[1] else list(size)
+            raise UserError(f"data.size is {side}, but has to be at least 1 px, as in 224 or [192, 256]")
     check_times(data, optim, run)
     roots = [data.root] if isinstance(data.root, str) else data.root
     if data.weights is not None and len(data.weights) != len(roots):
@@ -85,14 +88,15 @@ def check_pairs(method: str, data: Data, run: Run) -> None:
         raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
 
 
-def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
+def begin(config: Pretrain | Finetune, plain: dict) -> tuple[torch.device, Log]:
     """Join the other processes, claim the run's folder, open its log."""
+    run = config.run
     device = dist.init(run.device)
     # on a CPU, the fused attention's backward pass in bfloat16 takes several times as long as the plain products
     set_fused_attn(device.type != "cpu")
     with dist.main_first():
         if dist.rank() == 0:
-            claim_folder(Path(run.folder), plain)
+            claim_folder(Path(run.folder), plain, type(config))
     return device, Log(Path(run.folder))
 
 
@@ -211,9 +215,6 @@ def decay(optim: Optim, steps: float) -> Schedule | None:
     return None if end is None else Schedule(optim.weight_decay, steps, min_lr=end)
 
 
-REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError)  # of models that cannot be
-
-
 def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:
     """Run blank images of each size through the task. UserError, naming all that do not fit, before hours are spent."""
     training, wrong = task.training, {}
@@ -227,20 +228,11 @@ def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) 
             with torch.no_grad():
                 task(batch)
         except REFUSALS as error:
-            wrong[str(h) if h == w else f"{h} x {w}"] = dist.first_line(error)
+            wrong[str(h) if h == w else f"{h} x {w}"] = first_line(error)
     task.train(training)
     if wrong:
         fit = "does not fit" if len(wrong) == 1 else "do not fit"
         raise UserError(f"data.size: {' and '.join(wrong)} px {fit}: {'; '.join(dict.fromkeys(wrong.values()))}")
-
-
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """What the models refuse inside becomes a UserError: one line that begins with `what`."""
-    try:
-        yield
-    except REFUSALS as error:
-        raise UserError(f"{what}: {dist.first_line(error)}") from error
 
 
 def describe(name: str, encoder: nn.Module, channels: int, size: tuple[int, int], log: Log) -> None:
