@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import main_pretrain
-from tests.test_main import ENVIRONMENT, PRETRAIN, ROOT, SMALL, fill_folder, pretrain
+from models.encoders import weights
+from tests.test_main import ENVIRONMENT, PRETRAIN, ROOT, SMALL, fill_folder, finetune, pretrain
+from util import flops, visualize
 from util.errors import UserError, first_line, told
 
 
@@ -78,3 +81,34 @@ def test_no_error_is_told_by_its_bare_name():
     ):
         refuse(5, 3)
     assert first_line(RuntimeError("one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"  # never raised
+
+
+def test_parameters_have_a_unit_that_suits_them(tmp_path, capsys):
+    for number, said in {12_345: "12.3 k", 999_499: "999 k", 999_600: "1 M", 86_567_656: "86.6 M", 5e9: "5 G"}.items():
+        assert flops.short(number) == said
+        if number < 1e8:
+            assert weights.count({"a": torch.empty(int(number), device="meta")}) == said
+    root = fill_folder(tmp_path / "images", "RGB", 8)
+    pretrain(root, tmp_path / "run")
+    finetune("knn", tmp_path / "run", root, tmp_path / "knn")
+    said = capsys.readouterr().out
+    count = sum(p.numel() for p in weights.load_encoder(str(tmp_path / "run")).parameters())
+    assert (
+        f"vit_tiny_patch16_224, {count / 1000:.3g} k parameters, " in said and " k multiply-adds at 28 x 28 px" in said
+    )
+    assert f"{count / 1000:.3g} k/{count / 1000:.3g} k parameters" in said
+
+
+def test_a_panel_says_which_channels_it_shows(monkeypatch):
+    captions = []
+    monkeypatch.setattr(visualize, "wrap", lambda text, font, width: captions.append(text) or text.split("|"))
+
+    def caption(channels, bands=None):
+        visualize.panel({"masked": torch.rand(2, channels, 8, 8), "strokes": torch.rand(2, 1, 8, 8)}, "Here.", bands)
+        return captions[-1]
+
+    assert caption(1) == caption(3) == "Here."
+    assert caption(2) == "Here. Shown is channel 1 of 2."
+    assert caption(5) == "Here. Shown as red, green and blue are channels 1, 2 and 3 of 5."
+    assert caption(5, (4, 2, 0)) == "Here. Shown as red, green and blue are channels 5, 3 and 1 of 5."
+    assert caption(5, (3,)) == "Here. Shown is channel 4 of 5."

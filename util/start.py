@@ -239,9 +239,8 @@ def describe(name: str, encoder: nn.Module, channels: int, size: tuple[int, int]
     """Say how large an encoder is."""
     if dist.rank() == 0:
         image = torch.zeros(1, channels, *size, device=next(encoder.parameters()).device)
-        count, millions = flops.flops(encoder, image), flops.parameters(encoder) / 1e6
-        at = f"{count / 1e9:.3g} G multiply-adds at {size[0]} x {size[1]} px"
-        log(f"encoder   {name}, {millions:.3g} M parameters, {at}")
+        parameters, work = (flops.short(n) for n in (flops.parameters(encoder), flops.flops(encoder, image)))
+        log(f"encoder   {name}, {parameters} parameters, {work} multiply-adds at {size[0]} x {size[1]} px")
 
 
 def report(folder: Path, figures: dict) -> None:
