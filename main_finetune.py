@@ -5,22 +5,33 @@ python main_finetune.py --config configs/finetune/mae_vit_base.yaml --weights ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from util.config import Finetune
 from util.errors import UserError, command, told
-from util.options import build, read
+from util.options import build, named, read
 
 
 def main(argv: list[str] | None = None) -> None:
-    finetune(*read(Finetune, argv))
+    finetune(*read(Finetune, argv, builders))
+
+
+def builders(part: str, name: str) -> list[Callable]:
+    """What takes the arguments of an encoder or a task of some name."""
+    from models.encoders.build import families
+    from models.transfer.frozen import nearest_neighbours
+    from models.transfer.recipes import TASKS
+
+    with told(part):
+        return families(name) if part == "encoder" else [named(part, name, {**TASKS, "knn": nearest_neighbours})]
 
 
 def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     """One transfer of a config, from its beginning or from where its folder left it; gives the final figures."""
     from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
     from models.encoders.weights import load_encoder, load_normalization
-    from models.transfer.frozen import features, knn
+    from models.transfer.frozen import nearest_neighbours
     from models.transfer.recipes import TASKS
     from util import checkpoint, start
     from util.data.transforms import Augment
@@ -54,13 +65,10 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
     tests = batches.once(found.val)
 
-    def nearest_neighbours(pool: str = "mean", k: int = 20, temperature: float = 0.07) -> dict[str, float]:
-        bank = batches.once(found.train)
-        with precision(device, run.dtype):
-            return {"top1": knn(*features(encoder, bank, pool), *features(encoder, tests, pool), k, temperature)}
-
     if config.task.name == "knn":
-        figures = build("task", config.task, {"knn": nearest_neighbours, **TASKS})
+        table, bank = {**TASKS, "knn": nearest_neighbours}, batches.once(found.train)
+        with precision(device, run.dtype):
+            figures = build("task", config.task, table, encoder, bank, tests)
         log.figures(0, figures)
     else:
         task = build("task", config.task, {**TASKS, "knn": None}, encoder, len(found.classes)).to(device)

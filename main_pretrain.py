@@ -5,15 +5,25 @@ python main_pretrain.py --config configs/pretrain/mae_vit_base.yaml --data.root 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from util.config import Pretrain
 from util.errors import UserError, command, told
-from util.options import build, read
+from util.options import build, named, read
 
 
 def main(argv: list[str] | None = None) -> None:
-    pretrain(*read(Pretrain, argv))
+    pretrain(*read(Pretrain, argv, builders))
+
+
+def builders(part: str, name: str) -> list[Callable]:
+    """What takes the arguments of an encoder or a method of some name."""
+    from models.encoders.build import families
+    from models.mim.recipes import METHODS
+
+    with told(part):
+        return families(name) if part == "encoder" else [named(part, name, METHODS)]
 
 
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:

@@ -14,7 +14,7 @@ class Part:
 
     Args:
         name: what to build; an unknown name is answered with the nearest
-        args: its arguments, those of the builder of that name
+        args: its arguments, those of the builder of that name: --help lists them after the name
     """
 
     name: str

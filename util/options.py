@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from util.config import Part
 from util.errors import UserError, told
+from util.help import Builders, Help
 
 # what may differ when a run is continued: it changes where and how fast a run goes, not what it computes
 FREE = (
@@ -72,22 +74,37 @@ def nearest(key: str, keys: list[str]) -> str | None:
     return whole[0] if whole else by_end[ends[0]] if ends else None
 
 
-def parser_of(schema: type) -> Parser:
-    parser = Parser(allow_abbrev=False, description=schema.__doc__.splitlines()[0], prog=Path(sys.argv[0]).name)
+def parser_of(schema: type, builders: Builders | None = None) -> Parser:
+    """The parser of a schema's options; its --help asks `builders` for what takes the arguments of a named part."""
+    program, title = Path(sys.argv[0]).name, schema.__doc__.splitlines()[0]
+    parser = Parser(allow_abbrev=False, description=title, prog=program, add_help=False)
+    if builders is not None:
+        parts = [field.name for field in fields(schema) if field.type in ("Part", "Part | None")]
+        text = f"show this; after --config or --{parts[-1]}.name NAME also the arguments of what is named there"
+        parser.add_argument("-h", "--help", action=Help, parts=parts, builders=builders, help=text)
     parser.add_argument("--config", action="config", help="a yaml with any of the options below")
     parser.add_class_arguments(schema)
     return parser
 
 
-def read(schema: type, argv: list[str] | None = None) -> tuple[Any, dict]:
+def read(schema: type, argv: list[str] | None = None, builders: Builders | None = None) -> tuple[Any, dict]:
     """The options in a yaml and on the command line: as dataclasses, and as the plain dict that describes the run.
 
-    UserError, in one line, for an unknown or ill-typed key or an unreadable file.
+    builders: for --help, see util/help.py. UserError, in one line, for an unknown or ill-typed key or a file that
+    cannot be read.
     """
-    parser = parser_of(schema)
+    parser = parser_of(schema, builders)
     found = parser.parse_args(argv)
     plain = yaml.safe_load(parser.dump(found, skip_none=False))
     return schema(**{k: v for k, v in vars(parser.instantiate(found)).items() if k != "config"}), plain
+
+
+def named(what: str, name: str, table: dict[str, Callable]) -> Callable:
+    """The builder of that name. UserError for an unknown one, naming the nearest."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
+        raise UserError(f'no {what} is called "{name}"; the nearest is "{near[0]}" of {", ".join(table)}')
+    return table[name]
 
 
 def build(what: str, part: Part, table: dict[str, Callable], *given, **options) -> Any:
@@ -95,10 +112,7 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
 
     UserError for an unknown name or argument, naming the nearest.
     """
-    if part.name not in table:
-        near = difflib.get_close_matches(part.name, table, n=1, cutoff=0.0)
-        raise UserError(f'no {what} is called "{part.name}"; the nearest is "{near[0]}" of {", ".join(table)}')
-    builder = table[part.name]
+    builder = named(what, part.name, table)
     parser = Parser()
     taken = {"self", *list(builder.__annotations__ or {})[: len(given)], *options}
     add = parser.add_class_arguments if isinstance(builder, type) else parser.add_function_arguments
