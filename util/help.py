@@ -23,9 +23,8 @@ class Help(argparse.Action):
         parser.print_help()
         for part in self.parts:
             options = found.get(part)
-            name = getattr(
-                getattr(options, "init_args", options), "name", None
-            )  # so jsonargparse keeps what may be None
+            options = getattr(options, "init_args", options)  # those of a part that may be None are wrapped
+            name = getattr(options, "name", None)
             if name is None:
                 print(f"\n{part}.args: those of its name, listed by --{part}.name NAME --help")
             else:

@@ -192,15 +192,15 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int]
 
 def unreached(rate: Schedule, plan: Plan) -> Iterator[str]:
     """What of a learning rate a run ends before, a line each."""
-    length, factor = f"the run {rate.steps:.4g}", plan.at(plan.steps).batch / 256
+    whole, factor = f"the run {rate.steps:.4g}", plan.at(plan.steps).batch / 256
     if rate.warmup >= rate.steps:
         ends = f"{rate(plan.clock(plan.steps - 1)) * factor:.3g} of {rate.lr * factor:.3g}"
-        yield f"warning   optim.warmup is {rate.warmup:.4g} {plan.unit}, {length}: the rate ends at {ends}"
+        yield f"warning   optim.warmup is {rate.warmup:.4g} {plan.unit}, {whole}: the rate ends at {ends}"
     late = [milestone for milestone in rate.milestones if milestone >= rate.steps]
     if late:
-        yield f"warning   optim.milestones has {numbers(late)} {plan.unit}, {length}: the rate does not fall there"
+        yield f"warning   optim.milestones has {numbers(late)} {plan.unit}, {whole}: the rate does not fall there"
     if not rate.milestones and (rate.origin or 0) >= rate.steps:
-        yield f"warning   optim.cosine_from is {rate.origin:.4g} {plan.unit}, {length}: the rate never falls"
+        yield f"warning   optim.cosine_from is {rate.origin:.4g} {plan.unit}, {whole}: the rate never falls"
 
 
 def optimizer(task: nn.Module, optim: Optim) -> Optimizer:
