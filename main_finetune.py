@@ -5,44 +5,55 @@ python main_finetune.py --config configs/finetune/mae_vit_base.yaml --weights ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from util.config import Finetune
-from util.errors import UserError, command
-from util.options import build, read
+from util.errors import UserError, command, told
+from util.options import build, named, read
 
 
 def main(argv: list[str] | None = None) -> None:
-    finetune(*read(Finetune, argv))
+    finetune(*read(Finetune, argv, builders))
+
+
+def builders(part: str, name: str) -> list[Callable]:
+    """What takes the arguments of an encoder or a task of some name."""
+    from models.encoders.build import families
+    from models.transfer.frozen import nearest_neighbours
+    from models.transfer.recipes import TASKS
+
+    with told(part):
+        return families(name) if part == "encoder" else [named(part, name, {**TASKS, "knn": nearest_neighbours})]
 
 
 def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     """One transfer of a config, from its beginning or from where its folder left it; gives the final figures."""
     from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
     from models.encoders.weights import load_encoder, load_normalization
-    from models.transfer.frozen import features, knn
+    from models.transfer.frozen import nearest_neighbours
     from models.transfer.recipes import TASKS
     from util import checkpoint, start
-    from util.data.loader import read_schedule
     from util.data.transforms import Augment
+    from util.times import last_size
     from util.train import precision, seed, train
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
     start.check(data, optim, run)
-    device, log = start.begin(run, plain)
-    size = read_schedule(data.size)[-1][1]
+    device, log = start.begin(config, plain)
+    size = last_size(data, run)
     changes = {"img_size": size} | config.changes
     seed(run.seed)
     if config.weights == "none":
         if config.encoder is None:
             raise UserError("weights is none, so encoder.name has to say what to build")
         found, stored = start.find_data(data, run.seed, True, None, log), None
-        with start.told("encoder"):
+        with told("encoder"):
             encoder = build_encoder(config.encoder.name, found.train.channels, **config.encoder.args | changes)
     else:
         if data.in_chans is not None:
             changes["in_chans"] = data.in_chans
-        with start.told("weights"):
+        with told("weights"):
             learns = config.task.name == "finetune"  # then blocks that pretraining left out come back, fresh
             encoder = load_encoder(config.weights, config.allow_partial, log, learns, **changes)
             stored = load_normalization(config.weights)
@@ -54,13 +65,10 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
     tests = batches.once(found.val)
 
-    def nearest_neighbours(pool: str = "mean", k: int = 20, temperature: float = 0.07) -> dict[str, float]:
-        bank = batches.once(found.train)
-        with precision(device, run.dtype):
-            return {"top1": knn(*features(encoder, bank, pool), *features(encoder, tests, pool), k, temperature)}
-
     if config.task.name == "knn":
-        figures = build("task", config.task, {"knn": nearest_neighbours, **TASKS})
+        table, bank = {**TASKS, "knn": nearest_neighbours}, batches.once(found.train)
+        with precision(device, run.dtype):
+            figures = build("task", config.task, table, encoder, bank, tests)
         log.figures(0, figures)
     else:
         task = build("task", config.task, {**TASKS, "knn": None}, encoder, len(found.classes)).to(device)

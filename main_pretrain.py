@@ -5,15 +5,25 @@ python main_pretrain.py --config configs/pretrain/mae_vit_base.yaml --data.root 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from util.config import Pretrain
-from util.errors import UserError, command
-from util.options import build, read
+from util.errors import UserError, command, told
+from util.options import build, named, read
 
 
 def main(argv: list[str] | None = None) -> None:
-    pretrain(*read(Pretrain, argv))
+    pretrain(*read(Pretrain, argv, builders))
+
+
+def builders(part: str, name: str) -> list[Callable]:
+    """What takes the arguments of an encoder or a method of some name."""
+    from models.encoders.build import families
+    from models.mim.recipes import METHODS
+
+    with told(part):
+        return families(name) if part == "encoder" else [named(part, name, METHODS)]
 
 
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
@@ -40,7 +50,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     size = read_schedule(data.size)[0][1]
 
     def method(channels: int) -> nn.Module:
-        with start.told("encoder"):
+        with told("encoder"):
             encoder = build_encoder(config.encoder.name, channels, **{"img_size": size} | config.encoder.args)
         return build("method", config.method, METHODS, encoder)
 
@@ -50,9 +60,9 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
         dist.init(run.device)
         start.check_pairs(config.method.name, data, run)
     if "tokenizer" in config.method.args:
-        with start.told("tokenizer"):
+        with told("tokenizer"):
             find(config.method.args["tokenizer"])  # on the meta device nothing was read
-    device, log = start.begin(run, plain)
+    device, log = start.begin(config, plain)
     try:
         found = start.find_data(data, run.seed, True, None, log)
     except UserError:  # without labels there is no k-NN to watch; all else is the same

@@ -93,7 +93,7 @@ def finish(run: Callable, config, plain: dict) -> dict[str, float]:
         torch.compiler.reset()  # a cell is compiled as if it were alone
         return run(config, plain)
     if dist.rank() == 0:
-        claim_folder(folder, plain)  # refuses the figures of another run
+        claim_folder(folder, plain, type(config))  # refuses the figures of another run
     return json.loads((folder / "report.json").read_text())
 
 

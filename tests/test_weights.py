@@ -225,7 +225,7 @@ def test_weights_that_do_not_fit_are_refused_with_figures(tmp_path):
     less = {key: value for key, value in state.items() if ".1." not in key}
     k = len(less)
     for given, message in [
-        (less, rf"encoder {k}/{n} tensors, .* M/.* M parameters.*missing {n - k}: vit.blocks.1.norm1.weight, "),
+        (less, rf"encoder {k}/{n} tensors, .* k/.* k parameters.*missing {n - k}: vit.blocks.1.norm1.weight, "),
         (state | {"vit.blocks.2.norm1.weight": torch.zeros(24)}, "unread 1: vit.blocks.2.norm1.weight; allow_partial"),
         (state | {"vit.norm.bias": torch.zeros(7)}, r"of other shape 1: vit.norm.bias \(7 in the file, 24 here\)"),
     ]:

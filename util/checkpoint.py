@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.errors import UserError
+from util.errors import UserError, first_line
 
 LAST, BEFORE = "last.pt", "before.pt"
 
@@ -50,7 +50,7 @@ def load(folder: Path, task: nn.Module, optimizer: Optimizer, scaler: torch.amp.
             # mapped: processes of a machine share what they read, and no tensor is in memory twice
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises half a dozen kinds for a file that is cut short
-            log(f"{path} cannot be read ({dist.first_line(error)}); trying the one before it")
+            log(f"{path} cannot be read ({first_line(error)}); trying the one before it")
             continue
         fit(path, task, state["task"])
         optimizer.load_state_dict(state["optimizer"])
@@ -69,7 +69,7 @@ def fit(path: Path, task: nn.Module, state: dict) -> None:
         missing, unread = task.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise UserError(
-            f"{path} holds another model: {dist.first_line(RuntimeError(str(error).split(': ')[-1]))}"
+            f"{path} holds another model: {first_line(RuntimeError(str(error).split(': ')[-1]))}"
         ) from error
     missing = [key for key in missing if not key.startswith("target.")]
     if missing or unread:

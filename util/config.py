@@ -14,7 +14,7 @@ class Part:
 
     Args:
         name: what to build; an unknown name is answered with the nearest
-        args: its arguments, those of the builder of that name
+        args: its arguments, those of the builder of that name: --help lists them after the name
     """
 
     name: str
@@ -25,10 +25,12 @@ class Part:
 class Data:
     """Images, how they are cut, and how many make a step.
 
-    A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]].
+    A schedule changes a value at epochs, or at steps where it says so, as in [[0, 128], [5000 steps, 160]]; changes
+    after the end of a shortened run are told and ignored.
 
     Args:
-        root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several
+        root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several, and
+            a file that several name counts once, for the first of them
         weights: of each of several roots, in proportion to which images are drawn; by default each image once an epoch
         val: held-out images of the same forms; by default a val part of root, or 1 % of it (at most 5,000)
         size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]
@@ -82,7 +84,7 @@ class Optim:
         lr: learning rate after the warm-up, per 256 images
         min_lr: where the cosine ends, per 256 images
         warmup_lr: where the warm-up starts, per 256 images
-        warmup: time of the linear warm-up
+        warmup: time of the linear warm-up; one that does not end within the run is told
         milestones: times after each of which lr is multiplied by gamma, instead of the cosine
         gamma: see milestones
         cosine_from: time at which the cosine is at its top; by default the end of the warm-up (SimMIM 0)

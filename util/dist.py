@@ -12,7 +12,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from util.errors import UserError
+from util.errors import UserError, first_line
 
 _flags: torch_dist.ProcessGroup | None = None  # a CPU group beside NCCL's, so that agreeing on a flag waits for no GPU
 
@@ -45,10 +45,6 @@ def init(device: str = "auto", timeout_s: float = 60) -> torch.device:
             _set_pg_timeout(timedelta(minutes=30), group)
         atexit.register(shutdown)
     return place
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def shutdown() -> None:

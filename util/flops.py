@@ -18,6 +18,14 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def short(number: float) -> str:
+    """In three digits, with a unit: 86_567_656 -> "86.6 M", 12_345 -> "12.3 k"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.9995:  # what rounds to 1,000 is one of the next unit
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
 @torch.no_grad()
 def flops(encoder: nn.Module, image: torch.Tensor) -> float:
     """Multiply-adds of an encoder's forward pass, attention included; the papers of ViT and Swin call these FLOPs."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from util.config import Part
-from util.errors import UserError
+from util.errors import UserError, told
+from util.help import Builders, Help
 
 # what may differ when a run is continued: it changes where and how fast a run goes, not what it computes
 FREE = (
@@ -48,6 +50,13 @@ def explain(message: str, keys: list[str]) -> str:
         key = ".".join(inside.groups()) if inside else unknown[1] or unknown[2]
         near = nearest(key, keys)
         return f"there is no option {key}" + (f"; the nearest is {near}" if near else "")
+    config = re.search(r"Parser key \"config\": (File does not exist|Path is not a file): '(.*)'", message)
+    if config:
+        folder = Path(config[2]) if Path(config[2]).is_dir() else Path(config[2]).parent
+        yamls = sorted(path.name for path in folder.glob("*.yaml"))
+        near = difflib.get_close_matches(Path(config[2]).name, yamls, n=3, cutoff=0.0)
+        there = f"the nearest there are {', '.join(near)}" if near else "the recipes are in configs/"
+        return f"--config {config[2]} {'is a folder' if folder == Path(config[2]) else 'does not exist'}; {there}"
     typed = re.search(r'Parser key "([\w.]+)":.*(?:Got value|Given value): (.*)', message)
     if typed:
         wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.]*))", message)
@@ -65,17 +74,37 @@ def nearest(key: str, keys: list[str]) -> str | None:
     return whole[0] if whole else by_end[ends[0]] if ends else None
 
 
-def read(schema: type, argv: list[str] | None = None) -> tuple[Any, dict]:
-    """The options in a yaml and on the command line: as dataclasses, and as the plain dict that describes the run.
-
-    UserError, in one line, for an unknown or ill-typed key or an unreadable file.
-    """
-    parser = Parser(allow_abbrev=False, description=schema.__doc__.splitlines()[0], prog=Path(sys.argv[0]).name)
+def parser_of(schema: type, builders: Builders | None = None) -> Parser:
+    """The parser of a schema's options; its --help asks `builders` for what takes the arguments of a named part."""
+    program, title = Path(sys.argv[0]).name, schema.__doc__.splitlines()[0]
+    parser = Parser(allow_abbrev=False, description=title, prog=program, add_help=False)
+    if builders is not None:
+        parts = [field.name for field in fields(schema) if field.type in ("Part", "Part | None")]
+        text = f"show this; after --config or --{parts[-1]}.name NAME also the arguments of what is named there"
+        parser.add_argument("-h", "--help", action=Help, parts=parts, builders=builders, help=text)
     parser.add_argument("--config", action="config", help="a yaml with any of the options below")
     parser.add_class_arguments(schema)
+    return parser
+
+
+def read(schema: type, argv: list[str] | None = None, builders: Builders | None = None) -> tuple[Any, dict]:
+    """The options in a yaml and on the command line: as dataclasses, and as the plain dict that describes the run.
+
+    builders: for --help, see util/help.py. UserError, in one line, for an unknown or ill-typed key or a file that
+    cannot be read.
+    """
+    parser = parser_of(schema, builders)
     found = parser.parse_args(argv)
     plain = yaml.safe_load(parser.dump(found, skip_none=False))
     return schema(**{k: v for k, v in vars(parser.instantiate(found)).items() if k != "config"}), plain
+
+
+def named(what: str, name: str, table: dict[str, Callable]) -> Callable:
+    """The builder of that name. UserError for an unknown one, naming the nearest."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
+        raise UserError(f'no {what} is called "{name}"; the nearest is "{near[0]}" of {", ".join(table)}')
+    return table[name]
 
 
 def build(what: str, part: Part, table: dict[str, Callable], *given, **options) -> Any:
@@ -83,10 +112,7 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
 
     UserError for an unknown name or argument, naming the nearest.
     """
-    if part.name not in table:
-        near = difflib.get_close_matches(part.name, table, n=1, cutoff=0.0)
-        raise UserError(f'no {what} is called "{part.name}"; the nearest is "{near[0]}" of {", ".join(table)}')
-    builder = table[part.name]
+    builder = named(what, part.name, table)
     parser = Parser()
     taken = {"self", *list(builder.__annotations__ or {})[: len(given)], *options}
     add = parser.add_class_arguments if isinstance(builder, type) else parser.add_function_arguments
@@ -95,14 +121,14 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
         found = parser.parse_object(Namespace(**part.args))
     except UserError as error:
         raise UserError(f"{what}.args of {part.name}: {error}") from None
-    try:
+    with told(f"{what} {part.name}"):
         return builder(*given, **options, **vars(found))
-    except (ValueError, ArithmeticError) as error:
-        raise UserError(f"{what} {part.name}: {error}") from error
 
 
-def claim_folder(folder: Path, plain: dict) -> None:
+def claim_folder(folder: Path, plain: dict, schema: type) -> None:
     """Write the run's config into its folder, or check that the run that the folder holds is this one.
+
+    An option that the folder's config lacks, since it is newer, has its default there.
 
     UserError naming the keys that differ, or if the folder cannot be used.
     """
@@ -115,12 +141,20 @@ def claim_folder(folder: Path, plain: dict) -> None:
         raise UserError(f"run.folder {folder} cannot be used, choose another or remove it: {line}") from error
     here = flat(yaml.safe_load(text))
     if there is not None:
+        there = defaults(schema, here) | there
         differing = [k for k in {**here, **there} if here.get(k) != there.get(k) and k not in FREE]
         if differing:
             pairs = ", ".join(f"{k} ({there.get(k)} there, {here.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise UserError(f"{folder} holds another run: {pairs}{more} differ; choose another run.folder or remove it")
     path.write_text(text)
+
+
+def defaults(schema: type, keys: Collection[str]) -> dict[str, Any]:
+    """Of those options among `keys` that have a default, by key."""
+    parser = parser_of(schema)
+    plain = flat(yaml.safe_load(parser.dump(parser.get_defaults(), skip_none=False, skip_validation=True)))
+    return {key: value for key, value in plain.items() if key in keys}
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

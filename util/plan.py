@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Stage:
     per_device:      images of one forward pass on one device
     accumulate:      forward passes of a step
     steps_per_epoch: optimizer steps; images that do not fill a last batch are left out
+    changes:         the options that change with it
     """
 
     step: int
@@ -33,10 +34,16 @@ class Stage:
     per_device: int
     accumulate: int
     steps_per_epoch: int
+    changes: tuple[str, ...] = ()
 
 
 class Plan:
-    """A run as a whole. steps: of the optimizer; unit: in which its times are counted, "epochs" or "steps"."""
+    """A run as a whole.
+
+    steps:  of the optimizer
+    unit:   in which its times are counted, "epochs" or "steps"
+    stages: those that the run reaches; `late` are the others
+    """
 
     def __init__(self, stages: Sequence[Stage], length: Time):
         self.unit, steps = length.unit, length.number
@@ -45,6 +52,7 @@ class Plan:
             steps = last.step + (length.number - last.epoch) * last.steps_per_epoch
         self.steps = max(round(steps), 1)
         self.stages = [stage for stage in stages if stage.step < self.steps]
+        self.late = [stage for stage in stages if stage.step >= self.steps]
         self.starts = [stage.step for stage in self.stages]
 
     def at(self, step: int) -> Stage:
@@ -72,7 +80,7 @@ class Plan:
         return math.floor(now + 1e-9) > math.floor(before + 1e-9)  # 0.3 / 0.1 is 2.9999999999999996
 
     def describe(self, lr: float, world: int) -> list[str]:
-        """Its arithmetic for so many processes, a line for each stage. lr: per 256 images"""
+        """Its arithmetic for so many processes, a line for each stage, reached or not. lr: per 256 images"""
         lines = []
         for stage, end in zip(self.stages, [*self.starts[1:], self.steps]):
             several = f" at {stage.size[0]} x {stage.size[1]} px, from step {stage.step:,} (epoch {stage.epoch:g}) on"
@@ -83,6 +91,11 @@ class Plan:
             )
         if len(self.stages) > 1:
             lines.append(f"          {self.steps:,} in all, {self.epoch(self.steps):.4g} epochs")
+        for stage in self.late:
+            lines.append(
+                f"ignored   {' and '.join(stage.changes)} would change at step {stage.step:,} (epoch {stage.epoch:g}), "
+                f"but the run ends at step {self.steps:,} (epoch {self.epoch(self.steps):.4g})"
+            )
         return lines
 
 
@@ -105,14 +118,17 @@ def make_plan(
 
     per_device: None for batch / processes. UserError for what does not come out even or in order.
     """
-    schedules = [
-        read_changes("data.batch", batch),
-        read_changes("run.per_device", per_device),
-        read_changes("data.size", size, as_size),
-    ]
+    schedules = {
+        "data.batch": read_changes("data.batch", batch),
+        "run.per_device": read_changes("run.per_device", per_device),
+        "data.size": read_changes("data.size", size, as_size),
+    }
     stages: list[Stage] = []
-    for start in borders(schedules):
-        many, few, side = (value_at(schedule, start.number) for schedule in schedules)
+    for start in borders(schedules.values()):
+        many, few, side = (value_at(schedule, start.number) for schedule in schedules.values())
+        changes = tuple(
+            key for key, schedule in schedules.items() if start.number in [time.number for time, _ in schedule]
+        )
         step, epoch, passes = 0, 0.0, 0
         if stages:
             last = stages[-1]
@@ -123,11 +139,11 @@ def make_plan(
         few = few or max(many // world, 1)
         when = f"from {said(start)} on, " if stages else ""
         accumulate = derive_accumulate(many, few, world, when)
-        stages.append(Stage(step, epoch, passes, side, many, few, accumulate, max(images // many, 1)))
+        stages.append(Stage(step, epoch, passes, side, many, few, accumulate, max(images // many, 1), changes))
     return Plan(stages, length)
 
 
-def borders(schedules: list[list[tuple[Time, Any]]]) -> list[Time]:
+def borders(schedules: Iterable[list[tuple[Time, Any]]]) -> list[Time]:
     """When any of the schedules changes, in order, the beginning of the run first. UserError if units are mixed."""
     times = [time for schedule in schedules for time, _ in schedule if time.number]
     units = {time.unit for time in times}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util import dist, flops
-from util.config import Data, Optim, Run, When
+from util.config import Data, Finetune, Optim, Pretrain, Run, When
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
 from util.data.loader import Loader, Ordered, read_schedule
 from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
-from util.errors import UserError
+from util.errors import REFUSALS, UserError, first_line
 from util.log import Log
 from util.optim import Schedule, build_optimizer
 from util.options import claim_folder
-from util.plan import make_plan
-from util.times import Time, check_times, read_changes, read_time
+from util.plan import Plan, make_plan
+from util.times import check_times, length, read_changes, read_time
 
 LEAST = {
     "data.batch": 1,
@@ -50,6 +49,10 @@ def check(data: Data, optim: Optim, run: Run) -> None:
         for _, value in read_changes(key, getattr(sections[section], name)):
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}, but has to be at least {least}")
+    for _, size in read_schedule(data.size):
+        if min(size) < 1:
+            side = size[0] if size[0] == size[1] else list(size)
+            raise UserError(f"data.size is {side}, but has to be at least 1 px, as in 224 or [192, 256]")
     check_times(data, optim, run)
     roots = [data.root] if isinstance(data.root, str) else data.root
     if data.weights is not None and len(data.weights) != len(roots):
@@ -85,14 +88,15 @@ def check_pairs(method: str, data: Data, run: Run) -> None:
         raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
 
 
-def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
+def begin(config: Pretrain | Finetune, plain: dict) -> tuple[torch.device, Log]:
     """Join the other processes, claim the run's folder, open its log."""
+    run = config.run
     device = dist.init(run.device)
     # on a CPU, the fused attention's backward pass in bfloat16 takes several times as long as the plain products
     set_fused_attn(device.type != "cpu")
     with dist.main_first():
         if dist.rank() == 0:
-            claim_folder(Path(run.folder), plain)
+            claim_folder(Path(run.folder), plain, type(config))
     return device, Log(Path(run.folder))
 
 
@@ -119,23 +123,25 @@ class Batches:
 
     def train(self, transform: Transform) -> Loader:
         """Endless random batches of the training images."""
-        data, run, images = self.data, self.run, self.found.train
-        length = Time(run.steps, "steps") if run.steps is not None else Time(100 if run.epochs is None else run.epochs)
-        plan = make_plan(len(images), data.batch, run.per_device, data.size, length, dist.world())
-        options = {"seed": run.seed, "workers": data.workers, "weights": data.weights, **self.where}
-        loader = Loader(images, transform, plan, self.mean, self.std, **options)
+        options = {"seed": self.run.seed, "workers": self.data.workers, "weights": self.data.weights, **self.where}
+        loader = Loader(self.found.train, transform, self.plan(dist.world()), self.mean, self.std, **options)
         for line in loader.order.describe(self.found.roots):
             self.log(line)
         return loader
 
+    def plan(self, world: int) -> Plan:
+        """The plan of the run on so many processes."""
+        data, run = self.data, self.run
+        return make_plan(len(self.found.train), data.batch, run.per_device, data.size, length(run), world)
+
     def once(self, images: Images, most: int | None = None) -> Ordered:
-        """Every image once, or a fixed sample of at most `most`, cut from the centre at the schedule's last size."""
+        """Every image once, or a fixed sample of at most `most`, cut from the centre at the last size of the plan."""
         if most is not None:
             images = images.take(np.sort(pick(len(images), most, 0)))
-        crop, size = CentreCrop(self.data.crop, self.data.interpolation), read_schedule(self.data.size)[-1][1]
-        batch, few = read_changes("data.batch", self.data.batch), read_changes("run.per_device", self.run.per_device)
-        few, workers = few[-1][1] or max(batch[-1][1] // dist.world(), 1), min(self.data.workers, 4)
-        return Ordered(images, crop, few, size, self.mean, self.std, workers=workers, **self.where)
+        last = self.plan(1).stages[-1]  # where nothing is trained, batches need not come out even over processes
+        few, workers = min(last.per_device, max(last.batch // dist.world(), 1)), min(self.data.workers, 4)
+        crop = CentreCrop(self.data.crop, self.data.interpolation)
+        return Ordered(images, crop, few, last.size, self.mean, self.std, workers=workers, **self.where)
 
 
 def normalization(data: Data, images: Images, stored: dict | None) -> tuple[list[float], list[float], str]:
@@ -179,7 +185,22 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int]
         tuple(when("optim.milestones", milestone) for milestone in optim.milestones),
         optim.gamma,
     )
+    for line in unreached(rate, plan):
+        log(line)
     return lambda step: rate(plan.clock(step)) * plan.at(step).batch / 256
+
+
+def unreached(rate: Schedule, plan: Plan) -> Iterator[str]:
+    """What of a learning rate a run ends before, a line each."""
+    whole, factor = f"the run {rate.steps:.4g}", plan.at(plan.steps).batch / 256
+    if rate.warmup >= rate.steps:
+        ends = f"{rate(plan.clock(plan.steps - 1)) * factor:.3g} of {rate.lr * factor:.3g}"
+        yield f"warning   optim.warmup is {rate.warmup:.4g} {plan.unit}, {whole}: the rate ends at {ends}"
+    late = [milestone for milestone in rate.milestones if milestone >= rate.steps]
+    if late:
+        yield f"warning   optim.milestones has {numbers(late)} {plan.unit}, {whole}: the rate does not fall there"
+    if not rate.milestones and (rate.origin or 0) >= rate.steps:
+        yield f"warning   optim.cosine_from is {rate.origin:.4g} {plan.unit}, {whole}: the rate never falls"
 
 
 def optimizer(task: nn.Module, optim: Optim) -> Optimizer:
@@ -192,9 +213,6 @@ def decay(optim: Optim, steps: float) -> Schedule | None:
     """The weight decay of a run of so many steps; None if it stays as it is."""
     end = optim.weight_decay_end
     return None if end is None else Schedule(optim.weight_decay, steps, min_lr=end)
-
-
-REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError)  # of models that cannot be
 
 
 def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) -> None:
@@ -210,29 +228,19 @@ def try_sizes(task: nn.Module, data: Data, channels: int, device: torch.device) 
             with torch.no_grad():
                 task(batch)
         except REFUSALS as error:
-            wrong[str(h) if h == w else f"{h} x {w}"] = dist.first_line(error)
+            wrong[str(h) if h == w else f"{h} x {w}"] = first_line(error)
     task.train(training)
     if wrong:
         fit = "does not fit" if len(wrong) == 1 else "do not fit"
         raise UserError(f"data.size: {' and '.join(wrong)} px {fit}: {'; '.join(dict.fromkeys(wrong.values()))}")
 
 
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """What the models refuse inside becomes a UserError: one line that begins with `what`."""
-    try:
-        yield
-    except REFUSALS as error:
-        raise UserError(f"{what}: {dist.first_line(error)}") from error
-
-
 def describe(name: str, encoder: nn.Module, channels: int, size: tuple[int, int], log: Log) -> None:
     """Say how large an encoder is."""
     if dist.rank() == 0:
         image = torch.zeros(1, channels, *size, device=next(encoder.parameters()).device)
-        count, millions = flops.flops(encoder, image), flops.parameters(encoder) / 1e6
-        at = f"{count / 1e9:.3g} G multiply-adds at {size[0]} x {size[1]} px"
-        log(f"encoder   {name}, {millions:.3g} M parameters, {at}")
+        parameters, work = (flops.short(n) for n in (flops.parameters(encoder), flops.flops(encoder, image)))
+        log(f"encoder   {name}, {parameters} parameters, {work} multiply-adds at {size[0]} x {size[1]} px")
 
 
 def report(folder: Path, figures: dict) -> None:

@@ -52,6 +52,20 @@ def value_at(schedule: list[tuple[Time, Any]], number: float) -> Any:
     return next(value for start, value in reversed(schedule) if start.number <= number)
 
 
+def length(run: Run) -> Time:
+    """Of a run: its steps, or else its epochs, 100 of them unless told otherwise."""
+    return Time(run.steps, "steps") if run.steps is not None else Time(100.0 if run.epochs is None else run.epochs)
+
+
+def last_size(data: Data, run: Run) -> Size:
+    """The size of images at the end of a run, where that is known before the images are counted; else of its schedule.
+
+    Counting is needed for changes in steps of a run in epochs alone.
+    """
+    end, schedule = length(run), read_changes("data.size", data.size, as_size)
+    return [size for start, size in schedule if start.unit != end.unit or start.number < end.number][-1]
+
+
 def check_times(data: Data, optim: Optim, run: Run) -> None:
     """UserError unless the run has one length, and all that follows from its times is fixed by that length's unit."""
     if run.epochs is not None and run.steps is not None:

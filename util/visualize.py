@@ -21,6 +21,7 @@ def panel(
     """Columns of images under their titles -> (height, width, 3) uint8, for a PNG or add_image(dataformats="HWC").
 
     columns: title -> (B, C, H, W) in [0, 1], NaN where nothing is to be seen; a column may be some whole times larger
+    caption: below all; of which channels are shown, where there are others, it says so by itself
     bands:   which of several channels are red, green and blue, or the one to show in grey; by default the first three
     rows:    images at most, fewer if they would not fit in 2,000 px
     side:    least height of an image in pixels; smaller ones are enlarged without blur
@@ -35,7 +36,8 @@ def panel(
     line = sum(font.getmetrics())
     titles = [wrap(title, font, width) for title in columns]
     total = GAP + len(tiles) * (width + GAP)
-    notes = wrap(caption, font, total - 2 * GAP) if caption else []
+    told = f"{caption} {shown(max(x.shape[1] for x in columns.values()), bands)}".strip()
+    notes = wrap(told, font, total - 2 * GAP)
     top = GAP + max(map(len, titles)) * line + GAP
     bottom = top + rows * (height + GAP)
     sheet = Image.new("RGB", (total, bottom + len(notes) * line + GAP * bool(notes)), PAPER)
@@ -77,6 +79,16 @@ def rgb(channels: int, bands: Sequence[int] | None) -> list[int]:
     if len(bands) not in (1, 3) or not all(0 <= band < channels for band in bands):
         raise UserError(f"bands {bands} cannot be shown: give 1 or 3 of the image's channels 0 to {channels - 1}")
     return bands if len(bands) == 3 else bands * 3
+
+
+def shown(channels: int, bands: Sequence[int] | None) -> str:
+    """A sentence on which channels are to be seen, where these are not all; counted from 1."""
+    if channels == 1 or (channels == 3 and not bands):
+        return ""
+    which = [band + 1 for band in rgb(channels, bands)]
+    if len(set(which)) == 1:
+        return f"Shown is channel {which[0]} of {channels}."
+    return f"Shown as red, green and blue are channels {which[0]}, {which[1]} and {which[2]} of {channels}."
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

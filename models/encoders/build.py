@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 
 import timm
+import torch
 from timm.models import model_entrypoint
 
 from models.encoders.convnext import ConvNeXt
@@ -37,9 +38,8 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
-    args:     those of the class that serves the name, or timm's
-
-    ValueError for an unknown name or argument, naming the nearest one.
+    args:     those of the class that serves the name, or timm's. ValueError, naming the nearest, for an unknown
+              one or an unknown name
     """
     if name not in OWN and not timm.is_model(name):
         near = difflib.get_close_matches(name, [*OWN, *timm.list_models()], n=3, cutoff=0.5)
@@ -57,7 +57,7 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown not in args:
             raise
-        raise ValueError(unknown_argument(name, unknown, family, error)) from error
+        raise ValueError(unknown_argument(name, unknown)) from error
     encoder.plan = {"name": name, "in_chans": in_chans, "args": sized | args}
     return encoder
 
@@ -68,15 +68,15 @@ def encoder_class(name: str) -> type[Encoder]:
     return ViT if module in PLAIN else SPECIAL.get(module, Pyramid)
 
 
-def unknown_argument(name: str, unknown: str, family: type[Encoder], error: TypeError) -> str:
+def families(name: str) -> list[type]:
+    """The classes that take an encoder's arguments: ours, and the one of timm in it, if any."""
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+    return [type(encoder), *[type(m) for m in encoder.modules() if type(m).__module__.startswith("timm.models.")][:1]]
+
+
+def unknown_argument(name: str, unknown: str) -> str:
     """One line that names the nearest valid argument, among ours and those of timm's class."""
-    valid = set(inspect.signature(family).parameters)
-    traceback = error.__traceback__
-    while traceback is not None:  # timm's class is the last callee that was asked for the argument
-        valid |= {k for k in traceback.tb_frame.f_locals.get("kwargs", {}) if k != unknown}
-        callee = traceback.tb_frame.f_locals.get("model_cls")
-        if callee is not None:
-            valid |= set(inspect.signature(callee).parameters)
-        traceback = traceback.tb_next
+    valid = {argument for family in families(name) for argument in inspect.signature(family).parameters}
     near = difflib.get_close_matches(unknown, valid - {"name", "timm_args"}, n=1, cutoff=0.0)
     return f'{name} has no argument "{unknown}"; the nearest is "{near[0]}"'

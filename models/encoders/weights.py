@@ -218,7 +218,7 @@ def load_state(
     unread = [key for key in state if key not in own and not (key.startswith("vit.norm.") and not encoder.normed)]
     decoder = ignored.pop("decoder", 0)
     line = (
-        f"encoder {len(fitted)}/{len(own)} tensors, {millions(fitted)}/{millions(own)} parameters"
+        f"encoder {len(fitted)}/{len(own)} tensors, {count(fitted)}/{count(own)} parameters"
         + (f"; decoder {decoder}" if decoder else "")
         + listed("resized", [how if n == 1 else f"{how} ({n})" for how, n in resized.items()])
         + listed("ignored", [*(f"{what} {n}" for what, n in ignored.items()), *beside])
@@ -263,8 +263,10 @@ def shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def millions(state: State) -> str:
-    return f"{sum(value.numel() for value in state.values()) / 1e6:.1f} M"
+def count(state: State) -> str:
+    """The numbers in a state, in three digits: "86.6 M", "12.3 k"."""
+    number = sum(value.numel() for value in state.values())
+    return f"{number / 1e6:.3g} M" if number >= 999_500 else f"{number / 1e3:.3g} k"
 
 
 def listed(title: str, parts: list[str]) -> str:

@@ -32,6 +32,18 @@ def features(encoder: Encoder, batches: Iterable[dict], pool: str = "mean") -> t
 
 
 @torch.no_grad()
+def nearest_neighbours(
+    encoder: Encoder,
+    bank: Iterable[dict],
+    tests: Iterable[dict],
+    pool: str = "mean",
+    k: int = 20,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """Top-1 of a vote of the nearest images of a bank, by the pooled features of a frozen encoder; see `knn`."""
+    return {"top1": knn(*features(encoder, bank, pool), *features(encoder, tests, pool), k, temperature)}
+
+
 def knn(
     train_features: Tensor,
     train_labels: Tensor,

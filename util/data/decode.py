@@ -16,13 +16,14 @@ ORIENTATION = 274
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a file say of its image, transparency not counted as a channel."""
+    """What the first bytes of a file say of its image; alpha: whether transparency comes beside the channels."""
 
     kind: str
     width: int
     height: int
     channels: int
     bits: int
+    alpha: bool = False
 
 
 def decode(file: BinaryIO, keep_alpha: bool = False) -> np.ndarray:
@@ -53,7 +54,7 @@ def peek(file: BinaryIO) -> Header:
         return _peek_tiff(file)
     if start.startswith(PNG) and start[24] == 16:
         width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
-        return Header("png 16-bit", width, height, 3 if start[25] & 2 else 1, 16)
+        return Header("png 16-bit", width, height, 3 if start[25] & 2 else 1, 16, bool(start[25] & 4))
     return _peek_picture(Image.open(file))
 
 
@@ -81,7 +82,9 @@ def _decode_picture(image: Image.Image, keep_alpha: bool) -> np.ndarray:
 def _peek_picture(image: Image.Image) -> Header:
     bits = 8 if image.mode not in DEEP else 32 if image.mode == "F" else 16
     channels = 1 if image.mode in GRAY | DEEP else 3
-    return Header(f"{(image.format or '?').lower()} {image.mode}", *image.size, channels, bits)
+    return Header(
+        f"{(image.format or '?').lower()} {image.mode}", *image.size, channels, bits, image.has_transparency_data
+    )
 
 
 def _decode_deep_png(file: BinaryIO, keep_alpha: bool) -> np.ndarray:
@@ -125,9 +128,8 @@ def _peek_tiff(file: BinaryIO) -> Header:
             file.seek(0)
             return _peek_picture(Image.open(file))
         height, width, channels = _grid(np.broadcast_to(np.zeros((), series.dtype), series.shape), series.axes).shape
-        if channels in (2, 4) and len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA:
-            channels -= 1
-        return Header(f"tiff {series.dtype}", width, height, channels, 8 * series.dtype.itemsize)
+        alpha = channels in (2, 4) and len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA
+        return Header(f"tiff {series.dtype}", width, height, channels - alpha, 8 * series.dtype.itemsize, alpha)
 
 
 def _is_picture(page, series) -> bool:

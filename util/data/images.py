@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.data.channels import match
 from util.data.decode import decode
 from util.data.mnist import Pixels, find_fashion_mnist, has_idx, open_idx
-from util.data.sources import Joined, Source, open_source
+from util.data.sources import Joined, Source, once, open_source
 from util.data.subsets import choose, hold_out, read_classes, read_labels
 from util.data.survey import Survey, make_survey
 from util.errors import UserError
 
 VAL_FOLDERS = "val", "validation", "valid", "test"
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Images:
@@ -44,7 +44,7 @@ class Images:
             return self.pixels[position]
         with self.source.open(int(self.rows[position])) as file:
             pixels = decode(file, keep_alpha=self.channels == 4)
-        return torch.from_numpy(_match(pixels, self.channels)).permute(2, 0, 1)
+        return torch.from_numpy(match(pixels, self.channels)).permute(2, 0, 1)
 
     def take(self, positions: np.ndarray) -> "Images":
         """Only these images, in this order."""
@@ -54,7 +54,7 @@ class Images:
 
 @dataclass
 class Dataset:
-    """What `open_images` found; `str(survey)` is its summary in three lines.
+    """What `open_images` found; `str(survey)` is its summary, a line for each thing to know.
 
     pool: the training images before a fraction or a budget was taken of them, what every fraction is measured by
     """
@@ -86,21 +86,23 @@ def open_images(
     fraction: share of the training images to use; smaller shares are subsets of larger ones of the same seed.
     budget: number of labelled training images to use, balanced over the classes, nested like `fraction`.
 
+    A file counts once, for the first root that names it: what is held out through one root is trained on through none.
     Validation images, channels and whatever else is read off the data are the same for every fraction and budget.
     """
     roots = [root] if isinstance(root, str) else list(root)
     split = [_split(one) for one in roots]
-    source = _join([_open(train, "train", labels) for train, _ in split])
+    source, files, repeated = _join([_open(train, "train", labels) for train, _ in split])
     val_roots = [val] if val else [part for _, part in split if part]
-    val_source = _join([_open(part, "t10k", labels) for part in val_roots]) if val_roots else source
     if val_roots:
-        rows, val_rows = np.arange(len(source.names)), np.arange(len(val_source.names))
+        val_source, val_files, _ = _join([_open(part, "t10k", labels) for part in val_roots])
+        rows, val_rows, known = np.arange(len(files)), np.arange(len(val_files)), np.isin(val_files, files).sum()
     else:
-        rows, val_rows = hold_out(source.names)
+        (rows, val_rows), val_source, known = hold_out(source.names), source, 0
     classes = read_classes(source) if labels else None
     train_labels = read_labels(source, classes)[rows] if labels else None
     val_labels = read_labels(val_source, classes)[val_rows] if labels else None
-    survey = make_survey(source, rows, len(val_rows), not val_roots, ", ".join(roots), channels, seed)
+    survey = make_survey(source, rows, len(val_rows), not val_roots, roots, channels, seed)
+    survey.repeated, survey.known = repeated, int(known)
     pool = train = Images(source, rows, survey.channels, train_labels)
     if fraction != 1 or budget is not None:
         train = pool.take(choose(source.names, rows, train_labels, fraction, budget, seed))
@@ -128,22 +130,9 @@ def _open(root: str, split: str, labels: bool) -> Source | Pixels:
     return open_idx(Path(root), split) if has_idx(Path(root)) else open_source(root, labels)
 
 
-def _join(sources: list[Source | Pixels]) -> Source | Pixels:
-    if len(sources) == 1:
-        return sources[0]
-    if any(isinstance(source, Pixels) for source in sources):
+def _join(sources: list[Source | Pixels]) -> tuple[Source | Pixels, np.ndarray, int]:
+    """Sources as one, a number for each of its files, and how many were left out because they are there already."""
+    if len(sources) > 1 and any(isinstance(source, Pixels) for source in sources):
         raise UserError("data.root: fashion_mnist cannot be joined with other roots")
-    return Joined(sources)
-
-
-def _match(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W, *) with the data's number of channels: gray is repeated, colour becomes luminance."""
-    given = pixels.shape[2]
-    if given == channels:
-        return np.ascontiguousarray(pixels)
-    if given == 1:
-        return np.repeat(pixels, channels, axis=2)
-    if channels == 1 and given == 3:
-        gray = pixels @ LUMINANCE
-        return (gray.round() if pixels.dtype == np.uint8 else gray).astype(pixels.dtype)[..., None]
-    raise ValueError(f"has {given} channels where the others have {channels}")
+    sources, files, repeated = once(sources)
+    return sources[0] if len(sources) == 1 else Joined(sources), files, repeated

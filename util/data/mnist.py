@@ -22,6 +22,9 @@ class Pixels:
     def path(self, i: int) -> str:
         return self.names[i]
 
+    def places(self) -> list[str]:
+        return self.names
+
 
 def has_idx(folder: Path) -> bool:
     """Whether a folder holds the four files of an MNIST-like dataset, packed or not."""

@@ -2,6 +2,8 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
     *(".jp2", ".ppm", ".pgm", ".pnm", ".tga"),
@@ -25,6 +27,9 @@ class Names:
 
     def __getitem__(self, i: int) -> str:
         return os.fsdecode(bytes(self.text[self.ends[i] : self.ends[i + 1]]))
+
+    def take(self, rows: np.ndarray) -> "Names":
+        return Names(self[row] for row in rows)
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))

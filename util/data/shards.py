@@ -3,6 +3,7 @@ import json
 import os
 import tarfile
 from array import array
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -14,15 +15,15 @@ from util.errors import UserError
 class Shards:
     """Images inside tar files, found by their offsets, so that any of them can be read at any time."""
 
-    def __init__(self, shards: list[str], names: Names, places: np.ndarray, tags: Names | None):
+    def __init__(self, shards: list[str], names: Names, where: np.ndarray, tags: Names | None):
         self.shards, self.names, self.tags = shards, names, tags
-        self.places = places  # (n, 3): shard, offset and size in bytes
+        self.where = where  # (n, 3): shard, offset and size in bytes
 
     def path(self, i: int) -> str:
-        return f"{self.shards[self.places[i, 0]]}/{self.names[i].partition('/')[2]}"
+        return f"{self.shards[self.where[i, 0]]}/{self.names[i].partition('/')[2]}"
 
     def open(self, i: int) -> BinaryIO:
-        shard, offset, size = self.places[i].tolist()
+        shard, offset, size = self.where[i].tolist()
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
@@ -30,12 +31,21 @@ class Shards:
     def tag(self, i: int) -> str | None:
         return (self.tags[i] or None) if self.tags else None
 
+    def places(self) -> Iterator[str]:
+        """Where each image is, in one spelling however its shard was reached."""
+        shards = [os.path.realpath(shard) for shard in self.shards]
+        for shard, name in zip(self.where[:, 0], self.names):
+            yield f"{shards[shard]}/{name.partition('/')[2]}"
+
+    def take(self, rows: np.ndarray) -> "Shards":
+        return Shards(self.shards, self.names.take(rows), self.where[rows], self.tags and self.tags.take(rows))
+
 
 def scan_shards(shards: list[str], labels: bool) -> Shards:
     """Read the headers of tar files in webdataset's convention: members that differ by extension are one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    names, places, tags = Names(), array("q"), Names()
+    names, where, tags = Names(), array("q"), Names()
     for number, shard in enumerate(shards):
         if not os.path.exists(shard):
             raise UserError(f"the shard {shard} does not exist")
@@ -55,11 +65,11 @@ def scan_shards(shards: list[str], labels: bool) -> Shards:
             raise UserError(f"the shard {shard} cannot be read as an uncompressed tar file: {error}") from error
         for key, member in images.items():
             names.append(f"{os.path.basename(shard)}/{member.name}")
-            places.extend((number, member.offset_data, member.size))
+            where.extend((number, member.offset_data, member.size))
             tags.append(labelled.get(key, ""))
     if not names:
         raise UserError(f"0 images in {len(shards)} tar files such as {shards[0]} (looked for {' '.join(EXTENSIONS)})")
-    return Shards(shards, names, np.array(places).reshape(-1, 3), tags if tags.text else None)
+    return Shards(shards, names, np.array(where).reshape(-1, 3), tags if tags.text else None)
 
 
 def _tag(extension: str, data: bytes) -> str:

@@ -1,7 +1,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,33 +31,59 @@ class Files:
         folder, slash, _ = self.names[i].partition("/")
         return folder if slash else None
 
+    def places(self) -> Iterator[str]:
+        """Where each file is, in one spelling; a folder is resolved once for all its files."""
+        resolve = cache(lambda folder: os.path.realpath(os.path.join(self.root, folder)))
+        for name in self.names:
+            folder, slash, file = name.rpartition("/")
+            yield f"{resolve(folder + slash)}/{file}"
+
+    def take(self, rows: np.ndarray) -> "Files":
+        return Files(self.root, self.names.take(rows), self.tags and self.tags.take(rows))
+
 
 class Joined:
     """Several sources, one after the other."""
 
-    def __init__(self, sources: list[Files | Shards]):
+    def __init__(self, sources: Sequence[Files | Shards]):
         self.sources = sources
         self.names = Names(name for source in sources for name in source.names)
         self.starts = np.cumsum([0, *(len(source.names) for source in sources)])
 
-    def at(self, i: int) -> tuple[Files | Shards, int]:
+    def at(self, i: int) -> tuple[int, int]:
+        """The number of the source that an image is in, and its place there."""
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.sources[part], i - int(self.starts[part])
+        return part, i - int(self.starts[part])
 
     def path(self, i: int) -> str:
-        source, i = self.at(i)
-        return source.path(i)
+        part, i = self.at(i)
+        return self.sources[part].path(i)
 
     def open(self, i: int) -> BinaryIO:
-        source, i = self.at(i)
-        return source.open(i)
+        part, i = self.at(i)
+        return self.sources[part].open(i)
 
     def tag(self, i: int) -> str | None:
-        source, i = self.at(i)
-        return source.tag(i)
+        part, i = self.at(i)
+        return self.sources[part].tag(i)
 
 
 Source = Files | Shards | Joined
+
+
+def once(sources: Sequence[Source]) -> tuple[list[Source], np.ndarray, int]:
+    """The sources without the files that one before or the same named already; a number for each file; how many went.
+
+    The numbers, (n,) int64, are the same for the same file in all calls of this process.
+    """
+    files = np.fromiter((hash(place) for source in sources for place in source.places()), np.int64)
+    first = np.zeros(len(files), bool)
+    first[np.unique(files, return_index=True)[1]] = True
+    if first.all():
+        return list(sources), files, 0
+    parts = np.split(first, np.cumsum([len(source.names) for source in sources])[:-1])
+    kept = [source.take(np.flatnonzero(part)) for source, part in zip(sources, parts)]
+    return kept, files[first], int((~first).sum())
 
 
 def open_source(root: str | Path, labels: bool = False) -> Source:

@@ -1,13 +1,16 @@
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from util.data.channels import fits
 from util.data.decode import Header, peek
 from util.data.dice import Dice
 from util.data.mnist import Pixels
+from util.data.sources import Joined
 from util.errors import UserError
 
 LOOKED_AT, MEASURED, MEASURED_PIXELS = 2000, 1000, 200_000_000
@@ -19,9 +22,12 @@ class Survey:
     """What a data set looks like, from the headers of a sample; sizes are (width, height) in pixels.
 
     train: images to train on, of `there` training images; the sample is of these, whatever part of them is used
+    found: of each root, the channels that its images have, with their number in the sample
+    repeated: files left out because another name leads to them, too
+    known: images to validate that are trained on as well
     """
 
-    root: str
+    roots: list[str]
     there: int
     train: int
     val: int
@@ -30,10 +36,14 @@ class Survey:
     unreadable: int
     kinds: Counter
     sizes: list[tuple[int, int]]
+    found: list[Counter[int]]
     channels: int
     bits: int
+    repeated: int = 0
+    known: int = 0
 
     def __str__(self) -> str:
+        root = ", ".join(self.roots)
         split = " (held out by a hash of the path)" if self.held_out else ""
         part = "" if self.train == self.there else f" (of {self.there:,})"
         sample = "all looked at" if self.looked_at == self.there else f"{self.looked_at:,} looked at"
@@ -44,20 +54,43 @@ class Survey:
         common, count = Counter(self.sizes).most_common(1)[0]
         often = f"{100 * count / len(self.sizes):.0f} % are {common[0]} x {common[1]}"
         return (
-            f"images    {self.train:,} to train on{part}, {self.val:,} to validate{split}, from {self.root}\n"
+            f"images    {self.train:,} to train on{part}, {self.val:,} to validate{split}, from {root}\n"
             f"formats   {kinds} ({sample}{bad}); {self.channels} channel{'s' * (self.channels > 1)}, {self.bits}-bit\n"
             f"sizes     {low} at least, {middle} median, {high} at most (width x height); {often}"
+            + "".join(f"\n{line}" for line in self.remarks())
         )
+
+    def remarks(self) -> Iterator[str]:
+        """What a user may not have meant, a line each."""
+        if self.repeated:
+            yield f"repeated  {self.repeated:,} names of files named before were left out: a file counts once"
+        if self.known:
+            yield (
+                f"warning   {self.known:,} of {self.val:,} images to validate are trained on, too: they tell what it "
+                "knows by heart, not what it learned"
+            )
+        usual = [(root, found.most_common(1)[0][0]) for root, found in zip(self.roots, self.found) if found]
+        if len({given for _, given in usual}) > 1:
+            yield f"channels  {', '.join(f'{given} in {root}' for root, given in usual)}: the run takes {self.channels}"
+        for given, count in sorted(sum(self.found, Counter()).items()):
+            if not fits(given, self.channels):
+                yield (
+                    f"warning   {count:,} of {self.looked_at:,} images looked at have {given} channels, which cannot "
+                    f"be made {self.channels}: they count as unreadable, so leave them out of data.root"
+                )
 
 
 def make_survey(
-    source, rows: np.ndarray, val: int, held_out: bool, root: str, channels: int | None, seed: int
+    source, rows: np.ndarray, val: int, held_out: bool, roots: list[str], channels: int | None, seed: int
 ) -> Survey:
     """Look at the headers of at most 2,000 images; channels: 1 if all are gray, 3 if any has colour, else the bands."""
     if isinstance(source, Pixels):
         bands, height, width = source.pixels.shape[1:]
         kinds, sizes = Counter({"idx uint8": len(rows)}), [(width, height)]
-        return Survey(root, len(rows), len(rows), val, held_out, len(rows), 0, kinds, sizes, channels or bands, 8)
+        seen = [Counter({bands: len(rows)})]
+        return Survey(
+            roots, len(rows), len(rows), val, held_out, len(rows), 0, kinds, sizes, seen, channels or bands, 8
+        )
 
     def look(row: int) -> Header | Exception:
         try:
@@ -75,8 +108,14 @@ def make_survey(
             f"none of {len(sample):,} images looked at can be read; {source.path(int(sample[0]))}: {found[0]}"
         )
     bands = Counter(header.channels for header in headers)
+    channels = channels or (max(bands) if set(bands) <= {1, 3} else bands.most_common(1)[0][0])
+    seen = [Counter() for _ in roots]
+    for row, header in zip(sample.tolist(), found):
+        if isinstance(header, Header):
+            root = source.at(row)[0] if isinstance(source, Joined) else 0
+            seen[root][header.channels + (header.alpha and channels == 4)] += 1
     return Survey(
-        root=root,
+        roots=roots,
         there=len(rows),
         train=len(rows),
         val=val,
@@ -85,7 +124,8 @@ def make_survey(
         unreadable=len(found) - len(headers),
         kinds=Counter(header.kind for header in headers),
         sizes=[(header.width, header.height) for header in headers],
-        channels=channels or (max(bands) if set(bands) <= {1, 3} else bands.most_common(1)[0][0]),
+        found=seen,
+        channels=channels,
         bits=max(header.bits for header in headers),
     )
 
