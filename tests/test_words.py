@@ -1,14 +1,23 @@
 """What is said to a user whose input is wrong: one line, with the name and the number that were given, at once."""
 
+import re
 from inspect import signature
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from models.encoders.build import build_encoder
 from models.mim.head import Decoder
 from models.mim.recipes import METHODS, fastmim, mae
+from models.targets import load
+from models.targets.load import load_teacher
 from models.targets.target import Pixels
+from models.targets.tokenizers import find, load_tokenizer
 from tests.methods import PLAIN, TRANSFORMER, VIT, built
+from tests.towers import bare, clip_file, random_tower, write
+from util.checkpoint import export
 
 NUMBERS = {  # of the builders, and what is said of numbers that cannot be meant
     "ratio": [(x, "ratio is {}: it has to lie between 0 and 1") for x in (1.5, 1.0, 0.0, -0.2, float("nan"))],
@@ -51,3 +60,78 @@ def test_cells_are_those_of_the_map_or_of_the_mask_where_none_are_given():
         encoder = build_encoder(VIT[0], **PLAIN | {"patch_size": 16 if unit > 8 else 8})
         assert fastmim(encoder, unit=unit, target="pixels", **TRANSFORMER).target.unit == cell
     assert fastmim(encoder, unit=16, **TRANSFORMER).target.unit == 8  # of HOG's own
+
+
+# files and names of targets
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of method vqkd, which holds an encoder and a tokenizer."""
+    folder, norm = tmp_path_factory.mktemp("run"), {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [32, 32]}
+    task = built("vqkd")
+    export(folder / "encoder.safetensors", task.encoder, norm)
+    export(folder / "tokenizer.safetensors", task.tokenizer, norm)
+    return folder
+
+
+def test_a_run_of_ours_with_anothers_prefix_is_told_its_own(run):
+    assert load_teacher(f"run:{run}").dim == PLAIN["embed_dim"]
+    for kind in ("clip", "dino"):
+        assert f"write run:{run}" in said(load_teacher, f"{kind}:{run}")
+        assert f"write run:{run}/encoder.safetensors" in said(load_teacher, f"{kind}:{run}/encoder.safetensors")
+    file = run / "tokenizer.safetensors"
+    for kind in ("vqkd", "dvae"):
+        assert f"write {run} without {kind}:" in said(find, f"{kind}:{run}")  # before any image is looked at
+        assert f"write {file} without {kind}:" in said(load_tokenizer, f"{kind}:{file}")
+    assert load_tokenizer(str(run)).vocabulary == load_tokenizer(str(file)).vocabulary == 48
+    assert "give the folder of a run of method vqkd" in said(load_tokenizer, str(run / "encoder.safetensors"))
+    assert f"write dvae:{clip_file()} or vqkd:" in said(load_tokenizer, str(clip_file()))
+
+
+def test_heads_that_no_tensor_tells(tmp_path):
+    path = write(bare(random_tower(width=24)), tmp_path / "narrow.pth")
+    words = said(load_teacher, f"clip:{path}")
+    assert "no teacher of its width, 24, is known" in words and "run:FOLDER" in words
+
+
+def test_names_of_the_hub_are_answered_with_the_nearest():
+    assert "the nearest are eva02_base_patch14_224" in said(load_teacher, "timm:eva02")
+    assert re.search("the nearest are .+, .+, .+", said(load_teacher, "timm:zzzqqq"))
+
+
+class NoNetwork:
+    """A session that counts how often it is asked, and says what one says where no name is known."""
+
+    def __init__(self):
+        self.asked = []
+
+    def head(self, url, timeout):
+        self.asked.append(timeout)
+        raise OSError("[Errno -2] Name or service not known")
+
+
+def test_the_hub_is_asked_once_where_there_is_no_network(tmp_path, monkeypatch):
+    session, name = NoNetwork(), "vit_small_patch16_224.dino"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(load, "get_session", lambda: session)
+    monkeypatch.setattr(load, "build_encoder", None)  # not reached
+    words = said(load_teacher, f"timm:{name}")
+    assert "put model.safetensors of timm/vit_small" in words and "service not known" in words
+    assert len(session.asked) == 1 and session.asked[0] <= 10
+
+
+def test_what_the_hub_has_fetched_before_needs_no_network(tmp_path, monkeypatch):
+    name, session = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", NoNetwork()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(load, "get_session", lambda: session)
+    repository = tmp_path / f"models--timm--{name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    theirs = timm.create_model(name)
+    save_file(theirs.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
+    tower = load_teacher(f"timm:{name}", torch.float32)
+    assert torch.equal(tower.parts[0].vit.cls_token, theirs.cls_token) and not session.asked

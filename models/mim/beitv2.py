@@ -34,8 +34,8 @@ class PatchAggregation(nn.Module):
                              f"second guess copies {depth}, its depth")  # fmt: skip
         if encoder.normed or len(taps) != 2 or taps[0] > latest or taps[1] != len(blocks) - 1:
             near = max(min(len(blocks) - 4, latest), 0)  # as published: 8 of 12 blocks, 20 of 24
-            raise ValueError(f"BEiT v2 needs the last map and an early one that {depth} blocks, its depth, follow (0 to "
-                             f"{latest}), unnormed: give the encoder taps: [{near}, -1], final_norm: false")  # fmt: skip
+            raise ValueError(f"BEiT v2 needs the last map and an early one (0 to {latest}), before {depth} blocks, its "
+                             f"depth; unnormed: give the encoder taps: [{near}, -1], final_norm: false")  # fmt: skip
         self.after = slice(taps[0] + 1, taps[0] + 1 + depth)
         self.blocks = copy.deepcopy(blocks[self.after])
         self.hints = encoder.hints
