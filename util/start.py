@@ -78,11 +78,13 @@ def check(data: Data, optim: Optim, run: Run) -> None:
 
 def check_pairs(method: str, data: Data, run: Run) -> None:
     """UserError if images are left without a partner in a method that pairs those of a forward pass."""
-    passes = [few for _, few in read_changes("run.per_device", run.per_device) if few]
-    passes = passes or [batch // dist.world() for _, batch in read_changes("data.batch", data.batch)]
-    odd = next((few for few in passes if few % 2), None)
-    if odd is not None:
-        raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
+    key, value, ways = "run.per_device", run.per_device, 1
+    if value is None:
+        key, value, ways = "data.batch", data.batch, dist.world()
+    for _, number in read_changes(key, value):
+        if number // ways % 2:
+            wanted = "even" if ways == 1 else f"a multiple of {2 * ways}, for {ways} processes"
+            raise UserError(f"{method} pairs the images of a forward pass: {key} {number} has to be {wanted}")
 
 
 def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
