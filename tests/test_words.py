@@ -135,3 +135,40 @@ def test_what_the_hub_has_fetched_before_needs_no_network(tmp_path, monkeypatch)
     save_file(theirs.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
     tower = load_teacher(f"timm:{name}", torch.float32)
     assert torch.equal(tower.parts[0].vit.cls_token, theirs.cls_token) and not session.asked
+
+
+# encoders
+
+TINY = {"patch_size": 8, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        (
+            "hiera_tiny_224",
+            {"drop_last": 1},
+            "drop_last: hiera_tiny_224 keeps all its blocks: leave it out, or take",
+        ),
+        ("resnet50", {"drop_last": 1}, "drop_last: not made of stages of blocks: leave it out, or take a ViT"),
+        ("nfnet_f0", {"drop_last": 1}, "drop_last: not made of stages of blocks"),
+        (
+            "vit_tiny_patch16_224",
+            {**TINY, "depth": 3, "drop_last": 5},
+            "drop_last is 5 of 3 blocks: it must be from 0 to 2",
+        ),
+        ("vit_tiny_patch16_224", {**TINY, "depth": 0}, "of 0 blocks"),
+        ("vit_tiny_patch16_224", {**TINY, "depth": "two"}, "'depth': 'two'}: unsupported operand"),
+        ("vit_tiny_patch16_224", {"patch_size": [8]}, "'patch_size': [8]}: tuple index out of range"),
+        ("vit_tiny_patch16_224", {**TINY, "num_heads": 3}, "'num_heads': 3}: dim should be divisible by num_heads"),
+        ("vit_tiny_patch16_224", {"position": "sincoss"}, 'position "sincoss" is not learned or sincos'),
+        ("vit_tiny_patch16_224", {"init": "xavierr"}, 'init "xavierr" not timm or xavier'),
+        ("hiera_tiny_224", {"init": "xavierr"}, 'init "xavierr" is not timm or xavier'),
+        ("convnext_atto", {"layer_groups": "singel"}, 'layer_groups "singel" is not single or group'),
+        ("xcit_nano_12_p8_224", {}, "xcit_nano_12_p8_224 cannot be built with {}: "),
+        ("vit_tiny_r_s16_p8_224", {}, "its stem gives no map of patches: choose a swin"),
+    ],
+)
+def test_encoders_that_cannot_be_built_say_why(name, args, words):
+    with torch.device("meta"):
+        assert words in said(build_encoder, name, **args)
