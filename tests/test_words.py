@@ -16,8 +16,10 @@ from models.targets.load import load_teacher
 from models.targets.target import Pixels
 from models.targets.tokenizers import find, load_tokenizer
 from tests.methods import PLAIN, TRANSFORMER, VIT, built
+from tests.test_main import fill_folder, finetune, pretrain
 from tests.towers import bare, clip_file, random_tower, write
 from util.checkpoint import export
+from util.errors import UserError
 
 NUMBERS = {  # of the builders, and what is said of numbers that cannot be meant
     "ratio": [(x, "ratio is {}: it has to lie between 0 and 1") for x in (1.5, 1.0, 0.0, -0.2, float("nan"))],
@@ -172,3 +174,37 @@ TINY = {"patch_size": 8, "embed_dim": 32, "num_heads": 2}
 def test_encoders_that_cannot_be_built_say_why(name, args, words):
     with torch.device("meta"):
         assert words in said(build_encoder, name, **args)
+
+
+# the mains
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--method", "mae2"], "--method takes a yaml, and there is no mae2; what to build goes to --method.name"),
+        (["--method.args", "{unit: [16]}"], "method.args of mae: unit is [16], but has to be int or null"),
+        (["--method.args", "{ratio: half}"], "method.args of mae: ratio is half, but has to be float"),
+        (["--method.args", "{unit: 0}"], "method mae: unit is 0: it has to be at least 1"),
+        (["--method.args", "{unit: 10}"], "10 px, Skip hides whole units of 7 px of this encoder: 7 or 14 px would do"),
+        (["--encoder.args", "{depth: two}"], "'depth': 'two'}: unsupported operand"),
+        (["--data.jitter", "-1"], "data.jitter is -1.0, but has to be at least 0"),
+        (["--data.in_chans", "0"], "data.in_chans is 0, but has to be at least 1"),
+        (["--optim.lr", "-1"], "optim.lr is -1.0, but has to be at least 0"),
+        (["--optim.weight_decay", "-1"], "optim.weight_decay is -1.0, but has to be at least 0"),
+        (["--optim.betas", "[0.9, 2]"], "optim.betas is (0.9, 2.0), but each has to be at least 0 and below 1"),
+        (["--run.seed", "-1"], "run.seed is -1, but has to be at least 0"),
+        (["--run.folder", ""], "run.folder is empty"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_told_before_anything_is_looked_for(tmp_path, wrong, words):
+    with pytest.raises(UserError) as error:
+        pretrain("/no/such/folder", tmp_path / "run", *wrong)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_odd_batch_of_pairs_is_told_by_the_option_that_was_given(tmp_path):
+    root = fill_folder(tmp_path / "images", "RGB", 12)
+    for given, name in ((["--data.batch", "5"], "data.batch 5"), (["--run.per_device", "1"], "run.per_device 1")):
+        with pytest.raises(UserError, match=f"mixup or cutmix pairs .*: {name} has to be even"):
+            finetune("finetune", "none", root, tmp_path / name, "--task.args", "{mixup: 0.8}", *given)

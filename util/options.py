@@ -48,10 +48,13 @@ def explain(message: str, keys: list[str]) -> str:
         key = ".".join(inside.groups()) if inside else unknown[1] or unknown[2]
         near = nearest(key, keys)
         return f"there is no option {key}" + (f"; the nearest is {near}" if near else "")
+    yaml_of = re.search(r"Parser key \"([\w.]+)\": Unable to load config '(.*?)'", message)
+    if yaml_of and f"{yaml_of[1]}.name" in keys:
+        return f"--{yaml_of[1]} takes a yaml, and there is no {yaml_of[2]}; what to build goes to --{yaml_of[1]}.name"
     typed = re.search(r'Parser key "([\w.]+)":.*(?:Got value|Given value): (.*)', message)
     if typed:
         wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.]*))", message)
-        kinds = " or ".join(dict.fromkeys(a or b for a, b in wanted)) or "of another kind"
+        kinds = " or ".join(dict.fromkeys(a or b for a, b in wanted)).replace("NoneType", "null") or "of another kind"
         return f"{typed[1]} is {typed[2]}, but has to be {kinds}"
     return message
 

@@ -39,6 +39,11 @@ LEAST = {
     "run.probe": 1,
     "optim.clip": 0,
     "optim.eps": 0,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "data.jitter": 0,
+    "data.in_chans": 1,
+    "run.seed": 0,
 }
 
 
@@ -65,6 +70,10 @@ def check(data: Data, optim: Optim, run: Run) -> None:
     ):
         if value not in choices:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas is {optim.betas}, but each has to be at least 0 and below 1")
+    if not run.folder:
+        raise UserError("run.folder is empty: name a folder for all that the run writes")
     if optim.weight_decay_end is not None and not (optim.weight_decay > 0 and optim.weight_decay_end >= 0):
         raise UserError(
             f"optim.weight_decay goes from {optim.weight_decay} to {optim.weight_decay_end}, but has to start above 0 "
