@@ -72,14 +72,14 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         log.figures(0, figures)
     else:
         task = build("task", config.task, {**TASKS, "knn": None}, encoder, len(found.classes)).to(device)
+        if task.mixer is not None:
+            start.check_pairs("mixup or cutmix", data, run)
         start.try_sizes(task, data, encoder.in_chans, device)
         auto = None if data.augment == "none" else data.augment
         crop = {"scale": data.scale, "flip": data.flip, "interpolation": data.interpolation}
         depth = {"channels": found.train.channels, "bits": found.survey.bits}
         augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
         loader = batches.train(augment)
-        if task.mixer is not None and any(stage.per_device % 2 for stage in loader.plan.stages):
-            raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
         lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
         optimizer = start.optimizer(task, optim)
 

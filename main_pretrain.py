@@ -109,8 +109,10 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
 
     figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)
     start.report(folder, figures)
-    log(f"encoder in {folder / 'encoder.safetensors'}, panels in {folder / 'reconstructions'}, "
-        f"figures in {folder / 'report.json'}; curves: tensorboard --logdir {folder / 'tensorboard'}")  # fmt: skip
+    left = {"encoder": "encoder.safetensors", "tokenizer": "tokenizer.safetensors", "panels": "reconstructions"}
+    there = [f"{what} in {folder / name}" for what, name in left.items() if (folder / name).exists()]
+    curves = f"curves: tensorboard --logdir {folder / 'tensorboard'}"
+    log(f"{', '.join(there)}, figures in {folder / 'report.json'}; {curves}")
     log.close()
     return figures
 

@@ -20,7 +20,10 @@ from models.mim.recipes import mixmim
 from models.monitor.health import TRIVIAL, health, mean_fill, trivial_losses
 from models.monitor.picture import reconstruct
 from tests.test_main import fill_folder, finetune, pretrain
+from util import dist
+from util.config import Data, Run
 from util.errors import UserError
+from util.start import check_pairs
 from util.train import seed
 
 SIZES = {
@@ -237,10 +240,22 @@ def test_a_run_and_what_it_is_for(tmp_path):
 
 
 def test_odd_batches_are_told_before_anything_is_read(tmp_path):
-    for given in (["--run.per_device", "5", "--data.batch", "15"], ["--data.batch", "5"]):
-        with pytest.raises(UserError, match="mixmim pairs .* run.per_device 5 has to be even") as error:
+    for given, named in (
+        (["--run.per_device", "5", "--data.batch", "15"], "run.per_device 5"),
+        (["--data.batch", "5"], "data.batch 5"),
+        (["--data.batch", "[[0, 4], [1, 7]]"], "data.batch 7"),
+    ):
+        with pytest.raises(UserError, match=f"mixmim pairs .*: {named} has to be even") as error:
             pretrain("/no/such/folder", tmp_path / "run", *SMALL, *given)
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_odd_shares_of_a_batch_are_told_by_the_batch(monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    check_pairs("mixmim", Data("", batch=8), Run(""))
+    check_pairs("mixmim", Data("", batch=10), Run("", per_device=2))
+    with pytest.raises(UserError, match="data.batch 10 has to be a multiple of 4, for 2 processes"):
+        check_pairs("mixmim", Data("", batch=10), Run(""))
 
 
 def process(rank, world, folder, port):

@@ -133,7 +133,7 @@ def beitv2_encoder(**more):
     size = {"img_size": SIDE * PATCH, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     shared = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "mlp_ratio": 2.0}
     return build_encoder(
-        "beit_base_patch16_224", **size, **shared, **{"taps": (EARLY - 1, -1), "final_norm": False} | more
+        "beit_base_patch16_224", **size | shared | {"taps": (EARLY - 1, -1), "final_norm": False} | more
     )
 
 
@@ -177,8 +177,15 @@ def test_the_second_guess_knows_the_last_layer_by_the_class_token_alone():
 
 @pytest.mark.parametrize("more", [{"taps": (-1,)}, {"final_norm": True}, {"taps": (0, 1, -1)}])
 def test_beitv2_says_what_encoder_it_needs(more):
-    with pytest.raises(ValueError, match=r"taps: \[8, -1\].*final_norm: false") as error:
+    with pytest.raises(ValueError, match=r"0 to 1., before 2 blocks.*taps: \[0, -1\], final_norm: false") as error:
         PatchAggregation(beitv2_encoder(**more), Ids(None, PATCH, VOCABULARY))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="depth 3 needs as many blocks after the early map, not 2"):
+    with pytest.raises(ValueError, match="an early one .0 to 0., before 3 blocks, its depth"):
         PatchAggregation(beitv2_encoder(), Ids(None, PATCH, VOCABULARY), depth=3)
+    with pytest.raises(ValueError, match="more than 4 blocks"):
+        PatchAggregation(beitv2_encoder(), Ids(None, PATCH, VOCABULARY), depth=4)
+    for depth, early in ((12, 8), (24, 20)):  # as published
+        with pytest.raises(ValueError, match=rf"taps: \[{early}, -1\]"):
+            PatchAggregation(beitv2_encoder(depth=depth, taps=(-1,)), Ids(None, PATCH, VOCABULARY))
+    with pytest.raises(ValueError, match="a plain transformer with a class token"):
+        PatchAggregation(build_encoder("convnextv2_atto"), Ids(None, 32, VOCABULARY))

@@ -282,8 +282,11 @@ def test_targets_that_are_no_pixels_and_other_encoders():
     for mim in (hog, plain):
         mim({"image": images})["loss"].backward()
         assert all(p.grad is not None for p in mim.parameters() if p.requires_grad)
-    for changes, width, message in (({"patch_size": 12, "img_size": 48}, 32, "12 px and 32"), ({}, 8, "16 px and 8")):
-        with pytest.raises(ValueError, match=f"cells of {message} channels cannot be halved down to cells of 1 px"):
+    for changes, width, message in (
+        ({"patch_size": 12, "img_size": 48}, 32, "cells of 12 px cannot be halved down to the target's of 1 px"),
+        ({}, 8, "width is 8: it has to be at least 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
             spark(build_encoder("vit_base_patch16_224", **vit | changes), unit=48, width=width)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 import main_pretrain
 from models.encoders.build import build_encoder
 from models.mim.recipes import beit
+from models.monitor.health import health
 from models.targets.target import Target
 from models.targets.tokenizers import load_tokenizer
 from models.targets.vqkd import DECAY, IDLE, VQKD
@@ -186,6 +187,18 @@ def test_a_stopped_run_continues_to_the_bit(tmp_path, dtype):
     assert {"tokenizer.codes", "usage"} <= saved.keys() and not any(key.startswith("target") for key in saved)
 
 
+def test_codes_are_counted_over_all_held_out_images():
+    """Not in each batch: few images cannot use many codes."""
+    task = tiny()
+    parts = [{"image": part} for part in images(0, 12).split(5)]
+    figures, whole = health(task, parts), health(task, [{"image": images(0, 12)}])
+    ids = task.tokenizer.eval()(images(0, 12))
+    shares = ids.unique(return_counts=True)[1] / ids.numel()
+    assert figures["heldout_used"] == len(shares) / 32 and whole["heldout_used"] == figures["heldout_used"]
+    assert figures["heldout_perplexity"] == pytest.approx((-shares * shares.log()).sum().exp().item(), rel=1e-5)
+    assert all(health(task, [part])["heldout_perplexity"] < figures["heldout_perplexity"] - 0.01 for part in parts)
+
+
 def test_no_step_waits_for_the_device(tmp_path):
     encoder = build_encoder("vit_base_patch16_224", **PLAIN)
     for task in (tiny(), beit(encoder, tiny_tokenizer(tmp_path))):
@@ -244,6 +257,10 @@ def test_a_tokenizer_is_trained_and_then_used(tmp_path, capsys, kind, channels):
     run = tmp_path / "tokenizer"
     first = pretrain(root, run, "vqkd", VQ, "--run.epochs", "4")
     assert {"heldout", "rank", "spread"} <= first.keys() and "mean_fill" not in first
+    assert 1 <= first["heldout_perplexity"] <= 24 and 0 < first["heldout_used"] <= 1
+    said = capsys.readouterr().out
+    assert f"codes: perplexity {first['heldout_perplexity']:.3g}, {100 * first['heldout_used']:.3g} % in use" in said
+    assert "reconstructions" not in said and f"tokenizer in {run / 'tokenizer.safetensors'}" in said
     assert (run / "encoder.safetensors").exists() and not (run / "reconstructions").exists()
     tokenizer = load_tokenizer(str(run))
     assert (tokenizer.vocabulary, tokenizer.stride, tokenizer.in_chans) == (24, 8, channels)
@@ -253,6 +270,9 @@ def test_a_tokenizer_is_trained_and_then_used(tmp_path, capsys, kind, channels):
     second = pretrain(root, tmp_path / "beit", "beit", f"{{tokenizer: {run}, ratio: 0.4}}")
     assert {"heldout", "rank", "spread"} <= second.keys() and "mean_fill" not in second
     assert list((tmp_path / "beit" / "reconstructions").glob("*.png"))
+    said = capsys.readouterr().out
+    assert f"panels in {tmp_path / 'beit' / 'reconstructions'}" in said and "tokenizer in" not in said
+    assert "perplexity" not in said
     assert not any("tokenizer" in key for key in load_file(tmp_path / "beit" / "encoder.safetensors"))
 
 

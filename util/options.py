@@ -57,10 +57,13 @@ def explain(message: str, keys: list[str]) -> str:
         near = difflib.get_close_matches(Path(config[2]).name, yamls, n=3, cutoff=0.0)
         there = f"the nearest there are {', '.join(near)}" if near else "the recipes are in configs/"
         return f"--config {config[2]} {'is a folder' if folder == Path(config[2]) else 'does not exist'}; {there}"
+    yaml_of = re.search(r"Parser key \"([\w.]+)\": Unable to load config '(.*?)'", message)
+    if yaml_of and f"{yaml_of[1]}.name" in keys:
+        return f"--{yaml_of[1]} takes a yaml, and there is no {yaml_of[2]}; what to build goes to --{yaml_of[1]}.name"
     typed = re.search(r'Parser key "([\w.]+)":.*(?:Got value|Given value): (.*)', message)
     if typed:
         wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.]*))", message)
-        kinds = " or ".join(dict.fromkeys(a or b for a, b in wanted)) or "of another kind"
+        kinds = " or ".join(dict.fromkeys(a or b for a, b in wanted)).replace("NoneType", "null") or "of another kind"
         return f"{typed[1]} is {typed[2]}, but has to be {kinds}"
     return message
 

@@ -38,6 +38,11 @@ LEAST = {
     "run.probe": 1,
     "optim.clip": 0,
     "optim.eps": 0,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "data.jitter": 0,
+    "data.in_chans": 1,
+    "run.seed": 0,
 }
 
 
@@ -68,6 +73,10 @@ def check(data: Data, optim: Optim, run: Run) -> None:
     ):
         if value not in choices:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas is {optim.betas}, but each has to be at least 0 and below 1")
+    if not run.folder:
+        raise UserError("run.folder is empty: name a folder for all that the run writes")
     if optim.weight_decay_end is not None and not (optim.weight_decay > 0 and optim.weight_decay_end >= 0):
         raise UserError(
             f"optim.weight_decay goes from {optim.weight_decay} to {optim.weight_decay_end}, but has to start above 0 "
@@ -81,11 +90,13 @@ def check(data: Data, optim: Optim, run: Run) -> None:
 
 def check_pairs(method: str, data: Data, run: Run) -> None:
     """UserError if images are left without a partner in a method that pairs those of a forward pass."""
-    passes = [few for _, few in read_changes("run.per_device", run.per_device) if few]
-    passes = passes or [batch // dist.world() for _, batch in read_changes("data.batch", data.batch)]
-    odd = next((few for few in passes if few % 2), None)
-    if odd is not None:
-        raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
+    key, value, ways = "run.per_device", run.per_device, 1
+    if value is None:
+        key, value, ways = "data.batch", data.batch, dist.world()
+    for _, number in read_changes(key, value):
+        if number // ways % 2:
+            wanted = "even" if ways == 1 else f"a multiple of {2 * ways}, for {ways} processes"
+            raise UserError(f"{method} pairs the images of a forward pass: {key} {number} has to be {wanted}")
 
 
 def begin(config: Pretrain | Finetune, plain: dict) -> tuple[torch.device, Log]:

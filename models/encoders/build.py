@@ -39,7 +39,7 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
     img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
               others, and those too in use, take any size
     args:     those of the class that serves the name, or timm's. ValueError, naming the nearest, for an unknown
-              one or an unknown name
+              one or an unknown name, and for arguments that do not fit
     """
     if name not in OWN and not timm.is_model(name):
         near = difflib.get_close_matches(name, [*OWN, *timm.list_models()], n=3, cutoff=0.5)
@@ -53,11 +53,11 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
             if "'img_size'" not in str(error):
                 raise
             encoder = family(in_chans=in_chans, **sizes | args)  # this family asks for no size
-    except TypeError as error:
+    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
-        if unknown not in args:
-            raise
-        raise ValueError(unknown_argument(name, unknown)) from error
+        if unknown in args:
+            raise ValueError(unknown_argument(name, unknown)) from error
+        raise ValueError(f"{name} cannot be built with {sized | args}: {error}") from error
     encoder.plan = {"name": name, "in_chans": in_chans, "args": sized | args}
     return encoder
 
@@ -77,6 +77,8 @@ def families(name: str) -> list[type]:
 
 def unknown_argument(name: str, unknown: str) -> str:
     """One line that names the nearest valid argument, among ours and those of timm's class."""
+    if unknown == "drop_last":
+        return f"drop_last: {name} keeps all its blocks: leave it out, or take a ViT, Swin or ConvNeXt"
     valid = {argument for family in families(name) for argument in inspect.signature(family).parameters}
     near = difflib.get_close_matches(unknown, valid - {"name", "timm_args"}, n=1, cutoff=0.0)
     return f'{name} has no argument "{unknown}"; the nearest is "{near[0]}"'

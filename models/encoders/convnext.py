@@ -24,10 +24,8 @@ class ConvNeXt(Pyramid):
     def __init__(self, name: str, in_chans: int = 3, layer_groups: str = "single", grn: str = "image", **timm_args):
         super().__init__(name, in_chans, **timm_args)
         self.strides = [stride * self.patch // self.strides[0] for stride in self.strides]  # timm's are for 4 px
-        if layer_groups not in ("single", "group"):
-            raise ValueError(f'layer_groups is "single" or "group", not "{layer_groups}"')
-        if grn not in ("image", "batch"):
-            raise ValueError(f'grn is "image" or "batch", not "{grn}"')
+        if layer_groups not in ("single", "group") or grn not in ("image", "batch"):
+            raise ValueError(f'layer_groups "{layer_groups}" is not single or group, or grn "{grn}" not image or batch')
         self.layer_groups, self.grn = layer_groups, grn
 
     @property

@@ -36,6 +36,8 @@ class Hiera(Encoder):
         self.grid, self.overlaps = tuple(backbone.tokens_spatial_shape), conv.kernel_size[0] > self.patch
         self.strides = [self.patch * 2 ** min(stage, q_pool) for stage in stages]
         self.dims = [info["num_chs"] for info in backbone.feature_info]
+        if init not in ("timm", "xavier"):
+            raise ValueError(f'init "{init}" is not timm or xavier')
         if init == "xavier":
             xavier(self)
 

@@ -75,10 +75,10 @@ def shorten(model: nn.Module, blocks: int) -> int:
     place = "stages" if hasattr(model, "stages") else "layers"
     stages = kept = getattr(model, place, [model])
     if not all(hasattr(stage, "blocks") for stage in stages):
-        raise ValueError("drop_last: this encoder is not made of stages of blocks")
+        raise ValueError("drop_last: not made of stages of blocks: leave it out, or take a ViT, Swin or ConvNeXt")
     count = sum(len(stage.blocks) for stage in stages)
     if not 0 <= blocks < count:
-        raise ValueError(f"drop_last is {blocks} of {count} blocks: it must be from 0 to {count - 1}")
+        raise ValueError(f"drop_last is {blocks} of {count} blocks: it must be from 0 to {count - 1}, so one stays")
     while blocks >= len(kept[-1].blocks):
         blocks -= len(kept[-1].blocks)
         kept = kept[:-1]

@@ -36,9 +36,7 @@ class Pyramid(Encoder):
         self.backbone = backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, **timm_args)
         place = next((stem for stem in self.stems if hasattr(backbone, stem.partition(".")[0])), None)
         if place is None or not hasattr(backbone, "forward_intermediates"):
-            raise ValueError(
-                f"{name} cannot be cut into a stem and stages: choose a swin, pvt_v2, convnext, ... or a vit"
-            )
+            raise ValueError(f"{name} cannot be cut into a stem and stages: choose a swin, pvt_v2, convnext or vit")
         self.stem = backbone.get_submodule(place)
         self.layer_of = self.group(place)
         backbone.set_submodule(place, nn.Identity())
@@ -47,19 +45,18 @@ class Pyramid(Encoder):
         self.in_chans, stages = in_chans, backbone.feature_info[: len(backbone.feature_info) - gone]
         self.strides, self.dims = ([stage[what] for stage in stages] for what in ("reduction", "num_chs"))
         self.normed = not isinstance(getattr(backbone, "norm", nn.Identity()), nn.Identity)
-        self.overlaps = any(
-            conv.kernel_size[0] > conv.stride[0] for conv in self.stem.modules() if isinstance(conv, nn.Conv2d)
-        )
+        self.overlaps = any(c.kernel_size[0] > c.stride[0] for c in self.stem.modules() if isinstance(c, nn.Conv2d))
         self.patch, self.width, self.channels_last = self.probe_stem()
 
     def probe_stem(self) -> tuple[int, int, bool]:
         """Pixels per token, channels of a token, and whether channels come last: read off one image."""
         weight = next(self.stem.parameters())
-        training = self.stem.training
         with torch.no_grad():  # the image is three times as wide as high: no number of channels looks like its rows
             image = weight.new_zeros(1, self.in_chans, 64, 192)
             shape = self.stem.eval()(image).shape
-        self.stem.train(training)
+        self.stem.train()
+        if len(shape) != 4:
+            raise ValueError("its stem gives no map of patches: choose a swin, pvt_v2, convnext or vit")
         channels_last = shape[2] == 3 * shape[1]
         return (64 // shape[1], shape[3], True) if channels_last else (64 // shape[2], shape[1], False)
 

@@ -34,6 +34,8 @@ class ViT(Encoder):
     def __init__(self, name: str, in_chans: int = 3, taps: Sequence[int] = (-1,), position: str = "learned",
                  init: str = "timm", final_norm: bool = True, drop_last: int = 0, **timm_args):  # fmt: skip
         super().__init__()
+        if position not in ("learned", "sincos") or init not in ("timm", "xavier"):
+            raise ValueError(f'position "{position}" is not learned or sincos, or init "{init}" not timm or xavier')
         if not model_entrypoint(name).__module__.endswith(".beit"):
             timm_args = {"dynamic_img_size": True, **timm_args}  # rotary angles are then made for any grid
         pool = "token" if "_distilled_" in name else ""  # without pooling, timm leaves nothing after the final norm
@@ -50,10 +52,8 @@ class ViT(Encoder):
         self.taps = sorted(tap % depth for tap in taps)
         self.strides, self.dims = [self.patch] * len(taps), [self.width] * len(taps)
         self.grid = tuple(vit.patch_embed.grid_size)
-        if not hasattr(vit, "norm_pre"):
-            vit.norm_pre = nn.Identity()  # BEiT has none
-        if not final_norm:
-            vit.norm = nn.Identity()
+        vit.norm_pre = getattr(vit, "norm_pre", nn.Identity())  # BEiT has none
+        vit.norm = vit.norm if final_norm else nn.Identity()
         self.tables, self.fixed = take_bias_tables(vit), position == "sincos"
         if init == "xavier":
             xavier(vit)
@@ -152,9 +152,8 @@ def check_sides(images: Tensor, patch: int, what: str = "patches") -> None:
     for side in images.shape[-2:]:
         if side % patch:
             low = max(side // patch, 1) * patch
-            raise ValueError(
-                f"an image side of {side} px does not divide into {what} of {patch} px: use {low} or {low + patch} px"
-            )
+            near = f"{low} or {low + patch} px"
+            raise ValueError(f"an image side of {side} px does not divide into {what} of {patch} px: use {near}")
 
 
 def prefix_tokens(vit: nn.Module) -> list[nn.Parameter]:

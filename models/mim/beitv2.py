@@ -13,6 +13,7 @@ from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells
 from models.mim.head import norm_eps
+from models.targets.limits import at_least
 from models.targets.target import Target
 
 
@@ -25,14 +26,18 @@ class PatchAggregation(nn.Module):
 
     def __init__(self, encoder: Encoder, target: Target, depth: int = 2):
         super().__init__()
-        taps = getattr(encoder, "taps", ())
-        if len(taps) != 2 or encoder.normed or not encoder.vit.num_prefix_tokens:
-            raise ValueError("BEiT v2 needs a plain transformer with a class token, of an early and the last map and "
-                             "no norm: give it taps: [8, -1] (of 12 blocks) and final_norm: false")  # fmt: skip
+        at_least(1, depth=depth)
+        blocks, taps = getattr(getattr(encoder, "vit", None), "blocks", ()), getattr(encoder, "taps", ())
+        latest = len(blocks) - 1 - depth  # the last block that `depth` others follow
+        if latest < 0 or not encoder.vit.num_prefix_tokens:
+            raise ValueError(f"BEiT v2 needs a plain transformer with a class token and more than {depth} blocks: its "
+                             f"second guess copies {depth}, its depth")  # fmt: skip
+        if encoder.normed or len(taps) != 2 or taps[0] > latest or taps[1] != len(blocks) - 1:
+            near = max(min(len(blocks) - 4, latest), 0)  # as published: 8 of 12 blocks, 20 of 24
+            raise ValueError(f"BEiT v2 needs the last map and an early one (0 to {latest}), before {depth} blocks, its "
+                             f"depth; unnormed: give the encoder taps: [{near}, -1], final_norm: false")  # fmt: skip
         self.after = slice(taps[0] + 1, taps[0] + 1 + depth)
-        self.blocks = copy.deepcopy(encoder.vit.blocks[self.after])
-        if len(self.blocks) < depth:
-            raise ValueError(f"depth {depth} needs as many blocks after the early map, not {len(self.blocks)}")
+        self.blocks = copy.deepcopy(blocks[self.after])
         self.hints = encoder.hints
         self.norm = nn.LayerNorm(encoder.width, norm_eps(encoder))
         self.cells = Cells(encoder.width, encoder.strides[-1], target.unit, target.dim)

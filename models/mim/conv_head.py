@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells, Fill, norm_visible, truncated
+from models.targets.limits import at_least
 from models.targets.target import Pixels, Target
 
 
@@ -19,6 +20,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, encoder: Encoder, target: Target, depth: int = 1, width: int = 512):
         super().__init__()
+        at_least(1, depth=depth, width=width)
         self.stride = encoder.strides[-1]
         self.project, self.fill = nn.Linear(encoder.dims[-1], width), Fill(width)
         self.blocks = nn.Sequential(*(ConvNeXtBlock(width, use_grn=True, ls_init_value=None) for _ in range(depth)))
@@ -42,8 +44,9 @@ class UNetDecoder(nn.Module):
         super().__init__()
         top, finest = encoder.strides[-1], 1 if isinstance(target, Pixels) else target.unit
         times = (top // finest).bit_length() - 1
-        if finest << times != top or not width >> times:
-            raise ValueError(f"cells of {top} px and {width} channels cannot be halved down to cells of {finest} px")
+        if finest << times != top:
+            raise ValueError(f"the encoder's cells of {top} px cannot be halved down to the target's of {finest} px")
+        at_least(2**times, width=width)  # it is halved as often
         widths = {top >> i: width >> i for i in range(times + 1)}  # of each stride
         norm = nn.BatchNorm2d if any(isinstance(part, nn.BatchNorm2d) for part in encoder.modules()) else LayerNorm2d
         scales = {s: dim for s, dim in zip(encoder.strides, encoder.dims) if s in widths}

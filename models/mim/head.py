@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features, Mask
 from models.encoders.layers import Cells, Fill, resample, sincos, xavier
+from models.targets.limits import at_least, check_heads
 from models.targets.target import Target
 
 
@@ -49,10 +50,12 @@ class Decoder(nn.Module):
     def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
                  fill: bool = True, positions: bool = True, mlp_ratio: float = 4.0):  # fmt: skip
         super().__init__()
-        if heads < 1 or width < 1 or width % heads:
-            raise ValueError(f"a decoder of width {width} cannot have {heads} heads: {heads} must divide {width}")
+        at_least(0, depth=depth)
+        check_heads(width, heads)
         norm = partial(nn.LayerNorm, eps=norm_eps(encoder))
         self.stride, self.positions = encoder.strides[-1], positions
+        if positions:
+            sincos(1, 1, width)  # refuses a width by which it cannot tell places
         self.project = nn.Linear(encoder.dims[-1], width)
         block = partial(Block, width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
@@ -92,15 +95,14 @@ class Decoder(nn.Module):
 class FuseDecoder(Decoder):
     """A decoder over all maps, the finer brought to the last one's cells by convolutions without overlap (Hiera)."""
 
-    def __init__(
-        self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4
-    ):
-        super().__init__(encoder, target, depth, width, heads, mlp_ratio=mlp_ratio)
+    def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
+                 mlp_ratio: float = 4):  # fmt: skip
+        super().__init__(encoder, target, depth, width, heads, positions=False, mlp_ratio=mlp_ratio)
         last, dim = self.stride, encoder.dims[-1]
         finer = [(d, last // stride) for d, stride in zip(encoder.dims, encoder.strides) if stride < last]
         self.fuse = nn.ModuleList(nn.Conv2d(d, dim, ratio, ratio) for d, ratio in finer)
         self.fused_norm = nn.LayerNorm(dim, eps=norm_eps(encoder))
-        # positions are learned for the image size that the encoder is built for (224 px if for any), else resampled
+        self.positions = True  # learned for the encoder's image size (224 px if it has none), else resampled
         self.grid = tuple(side * encoder.patch // last for side in encoder.grid or 2 * [224 // encoder.patch])
         self.table = nn.Parameter(0.02 * torch.randn(1, self.grid[0] * self.grid[1], width))
 

@@ -30,10 +30,9 @@ class Skip(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         if not encoder.skips:
-            raise ValueError(
-                "Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, ResNet, Hiera); this "
-                f"{type(encoder).__name__} computes them all: hide with Replace (simmim) or Paint (fastmim) instead"
-            )
+            raise ValueError("Skip needs an encoder that can leave cells out (a plain ViT, ConvNeXt, ResNet, Hiera); "
+                             f"this {type(encoder).__name__} computes them all: hide with Replace (simmim) or Paint "
+                             "(fastmim) instead")  # fmt: skip
         self.encoder, self.unit = encoder, encoder.mask_unit
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:
@@ -47,10 +46,9 @@ class Replace(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         if encoder.overlaps:
-            raise ValueError(
-                f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} overlap, so "
-                "visible tokens would see hidden pixels: hide with Paint (fastmim) instead, or Skip (hiera) if it can"
-            )
+            raise ValueError(f"Replace needs patches that share no pixels; those of this {type(encoder).__name__} "
+                             "overlap, so visible tokens would see hidden pixels: hide with Paint (fastmim) instead, "
+                             "or Skip (hiera) if it can")  # fmt: skip
         self.encoder, self.unit, self.fill = encoder, encoder.patch, Fill(encoder.width)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Mask) -> Features:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.encoders.grid import Mask
+from models.targets.limits import at_least, check_mask
 
 
 @runtime_checkable
@@ -30,10 +31,8 @@ def hide_top(scores: Float[Tensor, "B h w"], ratio: float, unit: int) -> Mask:
     flat = scores.flatten(1)
     count = math.ceil(ratio * flat.shape[1] - 1e-6)  # 0.6 * 5 is 3.0000000000000004 in floating point
     if not 0 < count < flat.shape[1]:
-        what = "nothing" if count <= 0 else "everything"
-        raise ValueError(
-            f"ratio {ratio} hides {what} of {flat.shape[1]} cells of {unit} px: it must hide some, not all"
-        )
+        many = f"{count} of {flat.shape[1]} cells of {unit} px"
+        raise ValueError(f"ratio {ratio} hides {many}: it must hide some, not all")
     top = flat.topk(count, dim=1).indices
     cells = torch.zeros_like(flat, dtype=torch.bool).scatter(1, top, True)
     return Mask(cells.view_as(scores), unit, count)
@@ -60,6 +59,9 @@ class RandomMasker:
     ratio: float
     shared: bool = False
 
+    def __post_init__(self) -> None:
+        check_mask(self.unit, self.ratio)
+
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Mask:
         b, h, w = grid(images, self.unit)
         scores = torch.rand(1 if self.shared else b, h, w, device=images.device)
@@ -83,6 +85,10 @@ class BlockMasker:
     aspect: float = 0.3
     most: int | None = None
     draws: int = 32  # rectangles drawn for each image; enough to reach the ratio nearly always
+
+    def __post_init__(self) -> None:
+        check_mask(self.unit, self.ratio)
+        at_least(1, least=self.least)
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Mask:
         b, h, w = grid(images, self.unit)

@@ -27,15 +27,8 @@ class MIM(nn.Module):
     ValueError if the cells of the parts do not align.
     """
 
-    def __init__(
-        self,
-        masker: Masker,
-        hide: Hide,
-        head: Head,
-        target: Target,
-        distance: Distance,
-        average: Average = over_hidden,
-    ):
+    def __init__(self, masker: Masker, hide: Hide, head: Head, target: Target, distance: Distance,
+                 average: Average = over_hidden):  # fmt: skip
         super().__init__()
         self.masker, self.hide, self.head, self.target = masker, hide, head, target
         self.distance, self.average = distance, average
@@ -66,15 +59,12 @@ class MIM(nn.Module):
 def check_units(masked: int, guessed: int, hide: Hide) -> None:
     """The one rule that aligns all parts: the target's unit divides the mask's unit and the encoder's last stride."""
     stride, unit = hide.encoder.strides[-1], hide.unit
+    if masked % unit:
+        low = max(masked // unit, 1) * unit
+        raise ValueError(f"the mask's cells have {masked} px, {type(hide).__name__} hides whole units of {unit} px of "
+                         f"this encoder: {low} or {low + unit} px would do")  # fmt: skip
     for what, size in (("the mask's cells have", masked), ("the encoder's last map has cells of", stride)):
         if size % guessed:
             near = max(n for n in range(1, guessed + 1) if masked % n == stride % n == 0)
-            raise ValueError(
-                f"{what} {size} px, the target's {guessed} px: the target's must divide the others; {near} px would"
-            )
-    if masked % unit:
-        low = max(masked // unit, 1) * unit
-        raise ValueError(
-            f"the mask's cells have {masked} px, {type(hide).__name__} hides whole units of {unit} px of this encoder: "
-            f"{low} or {low + unit} px would do"
-        )
+            raise ValueError(f"{what} {size} px, the target's {guessed} px: the target's must divide the others; "
+                             f"{near} px would")  # fmt: skip

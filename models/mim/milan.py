@@ -16,6 +16,7 @@ from models.mim.head import Decoder, norm_eps
 from models.mim.masker import grid, hide_top
 from models.mim.method import MIM
 from models.targets.frozen import Teacher
+from models.targets.limits import at_least, check_mask
 from models.targets.target import Target
 
 
@@ -27,15 +28,12 @@ class AttentionMasker(nn.Module):
 
     def __init__(self, unit: int, ratio: float, teacher: Target):
         super().__init__()
+        check_mask(unit, ratio)
         if not isinstance(teacher, Teacher) or not teacher.tower.attends:
-            raise ValueError(
-                "an attention mask needs a teacher whose class token attends to cells (CLIP, SLIP, DINO): give one as "
-                "mask (clip:FILE), or mask random"
-            )
+            raise ValueError("an attention mask needs a teacher whose class token attends to cells (CLIP, SLIP, DINO): "
+                             "give one as mask (clip:FILE), or mask random")  # fmt: skip
         if unit % teacher.unit:
-            raise ValueError(
-                f"the mask's cells have {unit} px, the teacher's {teacher.unit} px, which must divide them"
-            )
+            raise ValueError(f"the mask's cells have {unit} px, the teacher's {teacher.unit} px must divide them")
         self.unit, self.ratio, self.teacher = unit, ratio, teacher
 
     def forward(self, images: Float[Tensor, "B C H W"], attention: Float[Tensor, "B _ _"] | None = None) -> Mask:
@@ -81,9 +79,9 @@ class PromptBlock(nn.Module):
 class PromptDecoder(Decoder):
     """A decoder that works on hidden cells alone; what the encoder made of the visible ones prompts it."""
 
-    def __init__(
-        self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4
-    ):
+    def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
+                 mlp_ratio: float = 4):  # fmt: skip
+        at_least(1, depth=depth)
         super().__init__(encoder, target, 0, width, heads)
         self.blocks = nn.ModuleList(PromptBlock(width, heads, mlp_ratio, norm_eps(encoder)) for _ in range(depth))
         xavier(self.blocks)

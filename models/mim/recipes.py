@@ -14,6 +14,7 @@ from models.mim.masker import BlockMasker, RandomMasker
 from models.mim.method import MIM
 from models.mim.milan import MILAN, AttentionMasker, PromptDecoder
 from models.targets.frozen import Codebook, Teacher
+from models.targets.limits import at_least
 from models.targets.load import load_teacher
 from models.targets.target import HOG, LocalPixels, Pixels, Target
 from models.targets.tokenizers import load_tokenizer
@@ -27,30 +28,30 @@ CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 def mae(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target: str = "normalized",
         cell: int | None = None, depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
     """MAE (He et al., 2022): encode the visible patches alone, a transformer guesses the pixels of the rest."""
-    unit = unit or encoder.strides[-1]
-    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    unit = encoder.strides[-1] if unit is None else unit
+    truth = build_target(target, cell, encoder, unit)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), Decoder(encoder, truth, depth, width, heads), truth, l2)
 
 
 def simmim(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "pixels",
            cell: int | None = None) -> MIM:
     """SimMIM (Xie et al., 2022): a token stands in for each hidden patch, one linear layer guesses its pixels."""
-    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    truth = build_target(target, cell, encoder, unit)
     return MIM(RandomMasker(unit, ratio), cover(encoder), LinearHead(encoder, truth), truth, l1)
 
 
 def maskfeat(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, least: int = 15, target: str = "hog",
              cell: int | None = None) -> MIM:
     """MaskFeat (Wei et al., 2022): a token stands in for blocks of patches, one linear layer guesses their HOG."""
-    truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
-    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    truth = build_target(target, 8 if cell is None and target == "hog" else cell, encoder, unit)
+    masker = BlockMasker(encoder.strides[-1] if unit is None else unit, ratio, least)
     return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, l2)
 
 
 def fastmim(encoder: Encoder, ratio: float = 0.75, unit: int = 32, target: str = "hog", cell: int | None = None,
             depth: int = 4, width: int = 256, heads: int = 8) -> MIM:
     """FastMIM (Guo et al., 2022): hidden pixels are painted over, a light transformer guesses HOG at low resolution."""
-    truth = build_target(target, cell or (8 if target == "hog" else encoder.strides[-1]), encoder)
+    truth = build_target(target, 8 if cell is None and target == "hog" else cell, encoder, unit)
     head = Decoder(encoder, truth, depth, width, heads, fill=False, positions=False)
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
@@ -58,7 +59,7 @@ def fastmim(encoder: Encoder, ratio: float = 0.75, unit: int = 32, target: str =
 def mixmim(encoder: Encoder, ratio: float = 0.5, unit: int = 32, target: str = "normalized", cell: int | None = None,
            depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
     """MixMIM (Liu et al., 2023): hidden patches are another image's, and both images of a mixture are guessed."""
-    truth = build_target(target, cell or encoder.strides[-1], encoder)
+    truth = build_target(target, cell, encoder, unit)
     head = Unmix(Decoder(encoder, truth, depth, width, heads), truth)
     return MIM(RandomMasker(unit, ratio, shared=True), Mix(encoder), head, truth, l2, over_all)
 
@@ -66,32 +67,29 @@ def mixmim(encoder: Encoder, ratio: float = 0.5, unit: int = 32, target: str = "
 def hiera(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int = 16,
           depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
     """Hiera (Ryali et al., 2023): MAE of whole mask units, guessed from the maps of all scales."""
-    truth = build_target(target, cell, encoder)
+    truth = build_target(target, cell, encoder, unit)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), FuseDecoder(encoder, truth, depth, width, heads), truth, l2)
 
 
 def fcmae(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int | None = None,
           depth: int = 1, width: int = 512) -> MIM:
     """FCMAE (Woo et al., 2023): convolutions encode the visible cells alone, one more block guesses the rest."""
-    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    truth = build_target(target, cell, encoder, unit)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), ConvDecoder(encoder, truth, depth, width), truth, l2)
 
 
 def spark(encoder: Encoder, ratio: float = 0.59, unit: int = 32, target: str = "normalized", cell: int | None = None,
           width: int = 768) -> MIM:
     """SparK (Tian et al., 2023): as FCMAE, with a U-Net over all scales; its rounding of 0.6 is 0.59 here, 29 of 49."""
-    truth = build_target(target, cell or min(unit, encoder.strides[-1]), encoder)
+    truth = build_target(target, cell, encoder, unit)
     return MIM(RandomMasker(unit, ratio), Skip(encoder), UNetDecoder(encoder, truth, width), truth, l2)
 
 
 def eva(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, target: str = CLIP.format("large_patch14"),
         cell: int | None = None, least: int = 16) -> MIM:
-    """EVA (Fang et al., 2023): a token stands in for blocks of patches, one linear layer guesses what CLIP sees there.
-
-    least: cells of the smallest block
-    """
-    truth = build_target(target, cell or encoder.strides[-1], encoder)
-    masker = BlockMasker(unit or encoder.strides[-1], ratio, least)
+    """EVA (Fang et al., 2023): a token stands in for blocks of patches, one linear layer guesses what CLIP sees."""
+    truth = build_target(target, cell, encoder, unit)
+    masker = BlockMasker(encoder.strides[-1] if unit is None else unit, ratio, least)
     return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cosine)
 
 
@@ -104,10 +102,9 @@ def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target
     decoder: "prompt" or, as MAE's, "plain"
     """
     if (":" not in mask and mask not in ("attention", "random")) or decoder not in ("prompt", "plain"):
-        raise ValueError(
-            f'mask "{mask}" is not attention, clip:FILE or random, or decoder "{decoder}" not prompt or plain'
-        )
-    truth, unit = build_target(target, cell or encoder.strides[-1], encoder), unit or encoder.strides[-1]
+        raise ValueError(f'mask "{mask}" is not attention, clip:FILE or random, or decoder "{decoder}" not prompt or '
+                         "plain")
+    truth, unit = build_target(target, cell, encoder, unit), encoder.strides[-1] if unit is None else unit
     teacher = build_target(mask, truth.unit, encoder) if ":" in mask else truth
     masker = RandomMasker(unit, ratio) if mask == "random" else AttentionMasker(unit, ratio, teacher)
     head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads)
@@ -118,13 +115,15 @@ def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target
 
 def beit(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None) -> MIM:
     """BEiT (Bao et al., 2022): blocks are hidden, one linear layer guesses the id that a tokenizer gives each cell."""
-    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
+    masker = BlockMasker(encoder.strides[-1] if unit is None else unit, ratio)
+    truth = build_codebook(tokenizer, encoder)
     return MIM(masker, cover(encoder), LinearHead(encoder, truth), truth, cross_entropy)
 
 
 def beitv2(encoder: Encoder, tokenizer: str, ratio: float = 75 / 196, unit: int | None = None, depth: int = 2) -> MIM:
     """BEiT v2 (Peng et al., 2022): as BEiT, with ids of VQ-KD and a second guess that needs the class token."""
-    truth, masker = build_codebook(tokenizer, encoder), BlockMasker(unit or encoder.strides[-1], ratio)
+    masker = BlockMasker(encoder.strides[-1] if unit is None else unit, ratio)
+    truth = build_codebook(tokenizer, encoder)
     return MIM(masker, cover(encoder), PatchAggregation(encoder, truth, depth), truth, cross_entropy)
 
 
@@ -141,23 +140,27 @@ ALL = (mae, simmim, maskfeat, fastmim, mixmim, hiera, fcmae, spark, eva, milan, 
 METHODS = {method.__name__: method for method in ALL}
 
 
-def build_target(name: str, unit: int, encoder: Encoder) -> Target:
-    """A target of `unit` px cells: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog".
+def build_target(name: str, cell: int | None, encoder: Encoder, unit: int | None = None) -> Target:
+    """A target of `cell` px: "pixels", "normalized" (in each cell), "local" (around each pixel) or "hog".
 
-    Any name with a colon is a teacher, see `load_teacher`; it is built where the encoder is.
+    Any name with a colon is a teacher, see `load_teacher`; it is built where the encoder is. By default its cells are
+    those of the encoder's last map, or of the mask, which have `unit` px, if they are smaller.
     """
+    stride = encoder.strides[-1]
+    unit = stride if unit is None else unit
+    cell = min(unit, stride) if cell is None else cell
+    at_least(1, unit=unit, cell=cell)
     if ":" in name:
         with torch.device(next(encoder.parameters()).device):
-            return Teacher(load_teacher(name), unit, encoder)
+            return Teacher(load_teacher(name), cell, encoder)
     if name not in TARGETS:
-        raise ValueError(
-            f'no target is called "{name}"; there are {", ".join(TARGETS)}, clip:FILE, timm:NAME and run:FOLDER'
-        )
+        known = f"{', '.join(TARGETS)}, clip:FILE, timm:NAME and run:FOLDER"
+        raise ValueError(f'no target is called "{name}"; there are {known}')
     if name == "hog":
-        return HOG(unit, encoder.in_chans)
+        return HOG(cell, encoder.in_chans)
     if name == "local":
-        return LocalPixels(unit, encoder.in_chans)
-    return Pixels(unit, encoder.in_chans, normalize=name == "normalized")
+        return LocalPixels(cell, encoder.in_chans)
+    return Pixels(cell, encoder.in_chans, normalize=name == "normalized")
 
 
 def build_codebook(tokenizer: str, encoder: Encoder) -> Codebook:

@@ -31,6 +31,9 @@ def health(mim: nn.Module, batches: Iterable[dict[str, Tensor]], seed: int = 0) 
     bilinear_fill: or with hidden pixels interpolated from the visible ones,
     mean_cell:     or if every cell's guess is the mean of the image's visible cells, in the target's own numbers.
                    These three are left out for targets that are class ids, and where nothing is hidden
+    heldout_perplexity, heldout_used:
+                   where a tokenizer is trained: of the ids of all images together, as if so many were used evenly; and
+                   the share of all ids that occur
     rank:          effective rank of the feature vectors: exp of the entropy of their normalised singular values after
                    centring (RankMe, Garrido et al. 2023); at most min(dim, images - 1)
     spread:        mean standard deviation of the features' directions, times sqrt(dim): 0 if collapsed, at most 1
@@ -42,14 +45,22 @@ def health(mim: nn.Module, batches: Iterable[dict[str, Tensor]], seed: int = 0) 
     device = next(mim.parameters()).device
     losses = torch.zeros(1 + len(TRIVIAL), dtype=torch.float64, device=device)
     spectrum = Spectrum(mim.encoder.dims[-1], device)
+    tokenizer = getattr(mim, "tokenizer", None)
+    counts = torch.zeros(tokenizer.vocabulary if tokenizer else 0, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         images, place = batch["image"], number * dist.world() + dist.rank()
         with still(mim, seed, place):
             loss = mim(batch)["loss"]
             spectrum.add(mim.encoder(images).maps[-1].float().mean((2, 3)))
+            if tokenizer:
+                counts += torch.bincount(tokenizer(images).flatten(), minlength=len(counts))
         with still(mim, seed, place):
             losses += torch.stack([loss, *trivial_losses(mim, images)]).double() * len(images)
     figures = spectrum.figures()
+    if tokenizer:
+        counts = dist.total(counts)
+        figures["heldout_perplexity"] = torch.special.entr(counts / counts.sum()).sum().exp().item()
+        figures["heldout_used"] = (counts > 0).double().mean().item()
     means = dict(zip(("heldout", *TRIVIAL), (dist.total(losses) / figures["images"]).tolist()))
     return {name: x for name, x in means.items() if name == "heldout" or not math.isnan(x)} | figures
 
@@ -168,6 +179,8 @@ def verdict(now: dict[str, float], before: dict[str, float] | None = None, epoch
         parts[0] += f": {against(loss, guesses)}"
     if before is not None and math.isfinite(before["heldout"]):
         parts.append(progress(loss, before["heldout"], epochs_between))
+    if "heldout_perplexity" in now:
+        parts.append(f"codes: perplexity {now['heldout_perplexity']:.3g}, {100 * now['heldout_used']:.3g} % in use")
     if now["images"] < FEW:
         return "; ".join([*parts, f"too few held-out images ({now['images']:.0f}) to judge the features by"])
     if now["spread"] < COLLAPSED or now["rank"] < 2:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.utils import get_session
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -38,21 +41,29 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
     if kind not in released.TOWERS:
         kinds = ", ".join(f"{kind}:FILE" for kind in released.TOWERS)
         raise ValueError(f'no teacher is called "{source}"; there are {kinds}, timm:NAME and run:FOLDER')
+    if (Path(rest) / "encoder.safetensors").is_file():
+        raise ValueError(f"{rest} is the folder of a run of ours: write run:{rest}")
     if not Path(rest).is_file():
         raise ValueError(f"there is no teacher at {rest}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
     return from_file(kind, Path(rest), dtype, heads)
 
 
 def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> Tower:
+    content = read(path)
+    if "encoder" in content.metadata:
+        raise ValueError(f"{path} is of a run of ours: write run:{path}")
     try:
-        _, family, state = released.recognise(read(path).state, kind)
+        _, family, state = released.recognise(content.state, kind)
         state = family.prepare(state)
         name, args = family.describe(state)
     except KeyError as error:
         raise ValueError(f"{path} is no teacher: it has no {error.args[0]}") from error
     args["num_heads"] = heads or args["num_heads"]
     if args["num_heads"] is None:
-        raise ValueError(f"{path} does not tell how many attention heads it has: load_teacher takes `heads`")
+        raise ValueError(
+            f"{path} does not tell how many attention heads it has, and no teacher of its width, {args['embed_dim']}, "
+            "is known: take another, or one that a run of yours trained, as run:FOLDER"
+        )
     device, in_chans = torch.get_default_device(), state["patch_embed.proj.weight"].shape[1]
     state = {key: value.to(device) for key, value in state.items()}
     encoder = build_encoder(name, in_chans, **args)
@@ -90,8 +101,9 @@ def projection(head: State, width: int, path: Path) -> nn.Module:
 
 def from_hub(name: str, dtype: torch.dtype) -> Tower:
     if not timm.models.is_model_pretrained(name):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
-        raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near)}')
+        known = timm.list_models(pretrained=True)
+        near = [other for other in known if name in other] or difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near[:3])}')
     with torch.device("meta"):  # what cannot teach is told before it is fetched
         whole = timm.create_model(name)
     if not hasattr(whole, "blocks") or not hasattr(whole, "cls_token"):
@@ -102,12 +114,16 @@ def from_hub(name: str, dtype: torch.dtype) -> Tower:
     dim = facts.num_classes if "clip" in facts.architecture and "_ft_" not in facts.tag else 0
     args = {"pretrained": torch.get_default_device().type != "meta"}
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.safetensors"
-    if file.is_file():
-        args["pretrained_cfg_overlay"] = {"file": str(file)}
+    what = facts.hf_hub_filename or "model.safetensors"
+    cached = try_to_load_from_cache(facts.hf_hub_id, what) if facts.hf_hub_id else None
     try:
+        if file.is_file() or isinstance(cached, str):
+            args["pretrained_cfg_overlay"] = {"file": str(file) if file.is_file() else cached}
+        elif args["pretrained"] and facts.hf_hub_id:  # the hub itself would try again for most of a minute
+            get_session().head(ENDPOINT, timeout=10)
         encoder = build_encoder(name, num_classes=dim, **args)
     except Exception as error:  # of many kinds, without network
-        what, why = facts.hf_hub_filename or "model.safetensors", " ".join(str(error).split())[:120]
+        why = " ".join(str(error).split())[:120]
         raise ValueError(f"timm:{name} cannot be loaded; put {what} of {facts.hf_hub_id} in {file}: {why}") from error
     project, encoder.vit.head = encoder.vit.head, nn.Identity()
     return Tower(encoder, project, facts.mean, facts.std, dtype)

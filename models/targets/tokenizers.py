@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
         content = read(path)
         tokenizer, ours = RELEASED[kind](content.state) if kind else quantized.from_run(content.state, content.metadata)
     except KeyError as error:
-        raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}: it has no {error.args[0]}") from error
+        why = f"it has no {error.args[0]}{advice(kind, path, content.metadata)}"
+        raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}: {why}") from error
     except ValueError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError) and "GLOBAL" in str(error.__cause__):
             raise ValueError(
@@ -52,12 +54,25 @@ def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
+def advice(kind: str, path: Path, metadata: dict[str, str]) -> str:
+    """What to write instead of a kind and a path that do not go together, as far as the file tells."""
+    if "encoder" not in metadata:
+        return "" if kind else f"; if it is DALL-E's or BEiT v2's, write dvae:{path} or vqkd:{path}"
+    if "vocabulary" in json.loads(metadata["encoder"]):
+        return f"; a run of ours trained it: write {path} without {kind}:"
+    return "; it is the encoder of a run of ours: give the folder of a run of method vqkd"
+
+
 def find(source: str) -> tuple[str, Path]:
     """The kind of a source, empty for our own, and its path. ValueError if there is no file."""
     kind, _, rest = source.partition(":")
     if kind not in RELEASED:
         kind, rest = "", source
     path = Path(rest)
+    if kind and path.is_dir():
+        raise ValueError(
+            f"{rest} is a folder, {kind}:FILE takes a file; of a run of ours, write {rest} without {kind}:"
+        )
     path = path / "tokenizer.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no tokenizer at {path}: give dvae:FILE (DALL-E's encoder), vqkd:FILE (BEiT v2's) "

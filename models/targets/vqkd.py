@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.layers import Cells
+from models.targets.limits import at_least, check_heads
 from models.targets.quantized import Quantized
 from util import dist
 
@@ -37,8 +38,8 @@ class VQKD(nn.Module):
         self, encoder: Encoder, target: nn.Module, vocabulary: int, dim: int, depth: int, width: int, heads: int
     ):
         super().__init__()
-        if vocabulary < 1 or dim < 1:
-            raise ValueError(f"a codebook of {vocabulary} codes of {dim} numbers is none: both have to be at least 1")
+        at_least(1, vocabulary=vocabulary, dim=dim, depth=depth)
+        check_heads(width, heads)
         self.tokenizer, self.target = Quantized(encoder, vocabulary, dim), target
         size = {"patch_size": 1, "img_size": 14, "embed_dim": width, "depth": depth, "num_heads": heads}
         self.decoder = build_encoder("vit_base_patch16_224", dim, **size)
