@@ -21,14 +21,7 @@ OTHERS = ("decoder", "mask_token", "fc_norm.", "head.", "lm_head.", "cls_pt_laye
 OTHERS += ("text.", "pred_head.", "hogs.", "dino_head.", "ibot_head.", "local_cls_norm.")
 MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning at 384 px stretches its positions
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
-HEADS = {
-    1152: 16,
-    1280: 16,
-    1408: 16,
-    1536: 24,
-    1664: 16,
-    1792: 16,
-}  # of published widths that have not 64 channels each
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}  # where a head has not 64 channels
 
 
 def plain(state: State, patch: int, width: int) -> dict:

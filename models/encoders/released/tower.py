@@ -99,8 +99,5 @@ def has_clip(state: State) -> bool:
 
 def is_larger(state: State) -> bool:
     """Whether a tower is of a width that OpenAI did not release, as LAION's ViT-H, g and bigG: it has exact GELU."""
-    names = ("class_embedding", "embeddings.class_embedding", "cls_token")
-    tokens = [
-        value for key, value in state.items() if key.removeprefix("visual.").removeprefix("vision_model.") in names
-    ]
-    return has_clip(state) and any(token.shape[-1] > max(OPENAI) for token in tokens)
+    names = ("class_embedding", "visual.class_embedding", "vision_model.embeddings.class_embedding", "cls_token")
+    return has_clip(state) and any(name in state and state[name].shape[-1] > max(OPENAI) for name in names)

@@ -106,12 +106,9 @@ def parts_of(state: State) -> dict:
         "scale_mlp_norm": f"{block}mlp.norm.weight" in state,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
     }
+    absent = {"class_token": "cls_token", "proj_bias": f"{block}attn.proj.bias"}
     args = {key: value for key, value in args.items() if value}
-    return args | {
-        key: False
-        for key, of in (("class_token", "cls_token"), ("proj_bias", f"{block}attn.proj.bias"))
-        if of not in state
-    }
+    return args | {key: False for key, tensor in absent.items() if tensor not in state}
 
 
 def name_of(state: State, width: int, patch: int) -> str:
