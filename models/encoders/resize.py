@@ -48,9 +48,9 @@ def fit(
         owner = encoder if key.startswith("tables.") else encoder.get_submodule(key.rpartition(".")[0])
         window, extra = encoder.grid if owner is encoder else owner.window_size, 3 if owner is encoder else 0
         square = (window_of(value, extra),) * 2
-        olds = [old for old in (grid if extra else None, square) if old and offsets(old) == len(value) - extra]
-        if value.shape[1] == like.shape[1] and olds:
-            return resize_table(value, window, extra, olds[0]), f"bias tables {size(olds[0])} to {size(window)}"
+        old = grid if extra and grid and offsets(grid) == len(value) - extra and min(grid) > 1 else square
+        if value.shape[1] == like.shape[1] and offsets(old) == len(value) - extra:
+            return resize_table(value, window, extra, old), f"bias tables {size(old)} to {size(window)}"
     return None, None
 
 
@@ -116,7 +116,7 @@ def resize_table(table: Tensor, window: tuple[int, int], extra: int = 0, old: tu
     places, rest = table[: len(table) - extra], table[len(table) - extra :]
     sides = [2 * side - 1 for side in window]
     n, m = [2 * side - 1 for side in old or (window_of(places),) * 2]
-    if min(n, m) == 1:
+    if n == m == 1:
         return torch.cat([places.expand(math.prod(sides), -1), rest])
     to = [np.arange(side) - side // 2 for side in sides]
     rows, columns = spread(n, sides[0]), spread(m, sides[1])

@@ -165,7 +165,7 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     origin, family, state = released.recognise(content.state, kind)
     told, guessed = read_config(path), [] if kind else released.guessed(origin, state)
     try:
-        state = family.prepare(state)
+        state = state if told and told.plain else family.prepare(state)
         name, args = family.describe(state) if told is None else told.describe(state)
         assumed = [] if told else family.assumes(state, args)
     except KeyError as error:
@@ -183,9 +183,9 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     norm = told.normalization if told else None
     if norm is None:
         norm, assumed = dict(released.NORMALIZATION.get(origin, released.IMAGENET)), assumed + guessed
-    return Weights(
-        path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family, assumed=assumed
-    )
+    found = Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
+    found.assumed = assumed
+    return found
 
 
 def what(key: str) -> str:

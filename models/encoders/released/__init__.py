@@ -15,7 +15,17 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.capi import describe_capi
 from models.encoders.released.common import State, inside, tell_heads
-from models.encoders.released.eva import assumed_of_eva, describe_eva, dinov3, eva, is_eva, is_rotary, unify_eva
+from models.encoders.released.eva import (
+    assumed_of_eva,
+    describe_eva,
+    describe_perception,
+    dinov3,
+    eva,
+    is_eva,
+    is_perception,
+    is_rotary,
+    unify_eva,
+)
 from models.encoders.released.hiera import describe_hiera, hiera
 from models.encoders.released.layout import Dialect, Family, begins, has
 from models.encoders.released.mixmim import describe_mixmim, mixmim
@@ -27,7 +37,7 @@ from models.encoders.released.spark import (
 )
 from models.encoders.released.swin import describe_swin, swin
 from models.encoders.released.tower import describe_tower, exact, has_clip, is_larger, quick, tower, unify
-from models.encoders.released.vit import beit3, deit3, describe_vit, dinov2, maskfeat, vit
+from models.encoders.released.vit import assumed_of_deit3, beit3, deit3, describe_vit, dinov2, maskfeat, vit
 
 
 def changes_width(state: State) -> bool:
@@ -36,8 +46,9 @@ def changes_width(state: State) -> bool:
 
 
 def is_dinov2(state: State) -> bool:
-    """Whether a plain transformer has a token of its own for hidden places, and layer scales."""
-    return begins("blocks.", "backbone.blocks.")(state) and has("ls1.gamma", "mask_token")(state)
+    """Whether a plain transformer has layer scales, and tokens or gates as DINOv2 calls them."""
+    own = any(key.endswith(("mask_token", "register_tokens", "mlp.w12.weight")) for key in state)
+    return own and begins("blocks.", "backbone.blocks.")(state) and has("ls1.gamma")(state)
 
 
 def of_images(state: State) -> bool:
@@ -52,9 +63,10 @@ FAMILIES = (
     Family("mixmim", has("layers.0.blocks.0.", "absolute_pos_embed"), mixmim, describe_mixmim),
     Family("swin", begins("layers.0.blocks.0."), swin, describe_swin),
     Family("beit3", begins("beit3."), vit, describe_vit, beit3, tell_heads),
-    Family("dinov3", begins("storage_tokens"), eva, describe_eva, dinov3, assumed_of_eva),
+    Family("dinov3", begins("storage_tokens", "backbone.storage_tokens"), eva, describe_eva, dinov3, assumed_of_eva),
     Family("dinov2", is_dinov2, vit, describe_vit, dinov2, tell_heads),
     Family("eva", is_eva, eva, describe_eva, unify_eva, assumed_of_eva),
+    Family("perception", is_perception, eva, describe_perception, assumes=tell_heads),
     Family("slip", begins("visual.cls_token"), tower, describe_tower, unify, tell_heads),
     Family("open_clip", is_larger, tower, partial(describe_tower, quick=False), unify, exact),  # LAION's, DataComp's
     Family("clip", has_clip, tower, describe_tower, unify, quick),
@@ -63,7 +75,7 @@ FAMILIES = (
     Family("rotary", is_rotary, eva, describe_eva, assumes=assumed_of_eva),  # timm's DINOv3 among them
     Family("beit", has("blocks.0.", "q_bias"), simmim_vit, describe_simmim_vit),
     Family("maskfeat", of_images, vit, describe_vit, maskfeat, tell_heads),
-    Family("deit3", has("blocks.0.gamma_1"), vit, describe_vit, deit3, tell_heads),
+    Family("deit3", has("blocks.0.gamma_1"), vit, describe_vit, deit3, assumed_of_deit3),
     Family("vit", begins("blocks."), vit, describe_vit, assumes=tell_heads),
 )
 TOWERS = ("clip", "open_clip", "slip", "dino")  # which come with a projection
@@ -94,6 +106,9 @@ ORIGINS: tuple[tuple[str, Callable[[State], bool]], ...] = (  # else the family'
     ("convnextv2", begins("downsample_layers.")),
     ("hiera", has("multi_scale_fusion_heads.")),
     ("beitv2", has("cls_pt_layers.")),
+    ("beit3", has("blocks.0.attn.norm.", "blocks.0.attn.qkv.")),
+    ("perception", is_perception),
+    ("siglip", has("attn_pool.latent")),
     ("beit", has("lm_head.", "relative_position_bias_table")),
     ("mixmim", has("layers.0.blocks.0.", "absolute_pos_embed")),
     ("fastmim", guesses_on_paint),
@@ -106,8 +121,10 @@ CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 SATELLITE = {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
 NORMALIZATION = {  # of origins whose images were not ImageNet's way
-    "clip": CLIP, "open_clip": CLIP, "eva": CLIP, "beit": HALF, "beit3": HALF, "dinov3_sat493m": SATELLITE,
-}  # fmt: skip
+    **dict.fromkeys(("clip", "open_clip", "eva"), CLIP),
+    **dict.fromkeys(("beit", "beit3", "siglip", "perception"), HALF),
+    "dinov3_sat493m": SATELLITE,
+}
 GUESSED = {  # what it may be wrong about, unless a key of ORIGINS told who wrote it
     "beit": "mean and std of 0.5, as BEiT has (beitv2:FILE and simmim:FILE take ImageNet's)",
     "vit": "ImageNet's mean and std",

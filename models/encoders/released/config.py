@@ -27,9 +27,14 @@ class Told:
     args: dict = field(default_factory=dict)
     normalization: dict | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a plain transformer; then the file's keys are timm's, whoever has the same."""
+        return encoder_class(self.name) is ViT
+
     def describe(self, state: State) -> tuple[str, dict]:
         """As a family does, for a state in timm's spelling."""
-        if encoder_class(self.name) is not ViT:
+        if not self.plain:
             return self.name, self.args
         fixed = "pos_embed" in state and is_sincos(state["pos_embed"])
         more = {"final_norm": "norm.weight" in state, "position": "sincos" if fixed else "learned"}

@@ -31,7 +31,7 @@ EVA = (
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
 SEPARATE = ((r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias"),)  # where queries, keys and values have their own layers
-DINOV3 = (*EVA, (r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1"))
+DINOV3 = ((r"^backbone\.", ""), *EVA, (r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1"))
 PRETRAINED = 16  # places along a side for which EVA-02's angles were made
 LARGE = {4096: "7b"}
 HEADS_EVA = {4096: 32, 1280: 20}
@@ -45,14 +45,20 @@ def is_eva(state: State) -> bool:
 
 
 def is_rotary(state: State) -> bool:
-    """Whether a plain transformer has no positions but in its attention, and no tables for them."""
+    """Whether a plain transformer has no positions but in its attention and no tables for them, or learned angles."""
     tables = any("pos_embed" in key or "relative_position_bias_table" in key for key in state)
-    return "blocks.0.attn.qkv.weight" in state and not tables
+    return "blocks.0.attn.qkv.weight" in state and ("rope.freqs" in state or not tables)
+
+
+def is_perception(state: State) -> bool:
+    """Whether it is timm's Perception Encoder: it norms before its blocks as CLIP does, but pools otherwise or not."""
+    pools = "attn_pool.latent" in state or not ("norm.weight" in state or "fc_norm.weight" in state)
+    return "norm_pre.weight" in state and pools
 
 
 def eva(key: str) -> str | None:
     """A transformer of EVA's kind, pretrained or fine-tuned."""
-    return None if key.startswith((*OTHERS, "rope_embed.")) or key.endswith(DERIVED) else f"vit.{key}"
+    return None if key.startswith(OTHERS) or key.endswith(DERIVED) else f"vit.{key}"
 
 
 def unify_eva(state: State) -> State:
@@ -63,11 +69,11 @@ def unify_eva(state: State) -> State:
 
 def dinov3(state: State) -> State:
     """DINOv3's spelling, in timm's, whose biases have none for keys: it is masked in DINOv3."""
-    ours = {}
-    for key, value in renamed(state, DINOV3).items():
+    ours, named = {}, renamed(state, DINOV3)
+    for key, value in named.items():
         if key.endswith("qkv.bias"):
             queries, keys, values = value.chunk(3)
-            if f"{key}_mask" not in state and keys.any():
+            if f"{key}_mask" not in named and keys.any():
                 raise ValueError(f"{key} holds biases of keys, which is not what DINOv3 released")
             ours |= {key.replace("qkv.bias", "q_bias"): queries, key.replace("qkv.bias", "v_bias"): values}
         else:
@@ -106,16 +112,25 @@ def describe_eva(state: State) -> tuple[str, dict]:
     return eva_name(state, width, patch, gates or packed), args
 
 
+def describe_perception(state: State) -> tuple[str, dict]:
+    """As `describe_vit`, for timm's Perception Encoder, whose angles are for the grid that it learned."""
+    _, args = describe_eva(state)
+    places = args["img_size"] // args["patch_size"]
+    name = "vit_pe_core_base_patch16_224" if args["class_token"] else "vit_pe_core_gigantic_patch14_448"
+    heads = 16 if args["embed_dim"] == 1536 else args["num_heads"]
+    return name, args | {"ref_feat_shape": (places, places), "num_heads": heads}
+
+
 def eva_name(state: State, width: int, patch: int, gates: bool) -> str:
     """timm's name of such a transformer, which stands for epsilons and the kind of its rotary positions."""
     size = LARGE.get(width) or SIZES.get(width, "base")
+    if "rope.freqs" in state:
+        return f"vit_base_patch16_rope_mixed{'_ape' if 'pos_embed' in state else ''}_224"
     if "pos_embed" in state and (gates or "rope.freqs_cos" in state):
         clip = "_clip" if "blocks.0.attn.norm.weight" in state else ""
         return first(f"eva02_{size}_patch{patch}{clip}_224", f"eva02_base_patch{16 if clip else 14}{clip}_224")
     if "pos_embed" in state:
         return "eva02_enormous_patch14_clip_224" if width == 1792 else "eva_giant_patch14_224"
-    if "rope.freqs" in state:
-        return "vit_base_patch16_rope_mixed_224"
     if "reg_token" not in state:
         return first(f"vit_{size}_patch16_rope_224", "vit_base_patch16_rope_224")
     if "cls_token" not in state:

@@ -10,11 +10,11 @@ from models.encoders.released.common import (
     SIZES,
     State,
     heads_of,
-    inside,
     is_sincos,
     plain,
     renamed,
     sized,
+    tell_heads,
     tokens_and_places,
 )
 
@@ -27,7 +27,9 @@ DINOV2 = (
     (r"^register_tokens$", "reg_token"),
 )
 BEIT3 = (  # A are the experts for images, B those for text
-    (r"^(.*\.B\..*|text_embed\..*)$", r"text.\1"),
+    (r"^(?!beit3\.|fc_norm\.|head\.)", "text."),
+    (r"^beit3\.(.*\.B\.|text_embed\.)", r"text.\1"),
+    (r"^beit3\.", ""),
     (r"\.A\.", "."),
     (r"^vision_embed\.proj\.", "patch_embed.proj."),
     (r"^vision_embed\.", ""),
@@ -66,7 +68,7 @@ def dinov2(state: State) -> State:
 
 def beit3(state: State) -> State:
     """BEiT-3's spelling, in timm's; positions of images start at the third."""
-    state = renamed(inside(state, "beit3."), BEIT3)
+    state = renamed(state, BEIT3)
     return fuse(state | {"pos_embed": state["pos_embed"][None, 2:]})
 
 
@@ -77,6 +79,10 @@ def fuse(state: State) -> State:
         parts = [state.pop(key.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
         state[key.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
     return state
+
+
+def assumed_of_deit3(state: State, args: dict) -> list[str]:
+    return tell_heads(state, args) + ["DeiT III (timm's vit_*_rope_ape, alike, needs its config.json beside it)"]
 
 
 def maskfeat(state: State) -> State:
@@ -90,10 +96,10 @@ def describe_vit(state: State) -> tuple[str, dict]:
     args = plain(state, patch, width) | tokens_and_places(state, patch) | {"position": "learned"}
     if is_sincos(state["pos_embed"]):
         args["position"] = "sincos"
-    heads = heads_of(width)
+    heads = 16 if width == 1536 and "attn_pool.latent" in state else heads_of(width)  # SigLIP's
     if width == 768 and "decoder_embed.weight" in state and state["mask_token"].shape[1:] == (3, 1, 1):
         heads = 6  # as FastMIM pretrained it
-    return name_of(state, width, patch), args | parts_of(state) | {"num_heads": heads}
+    return name_of(state, args), args | parts_of(state) | {"num_heads": heads}
 
 
 def parts_of(state: State) -> dict:
@@ -111,17 +117,22 @@ def parts_of(state: State) -> dict:
     return args | {key: False for key, tensor in absent.items() if tensor not in state}
 
 
-def name_of(state: State, width: int, patch: int) -> str:
+def name_of(state: State, args: dict) -> str:
     """timm's name of a ViT, which stands for what cannot be said in arguments: epsilons, and gates in the MLP."""
-    size, registers = SIZES.get(width, "base"), "_reg4" if "reg_token" in state else ""
+    size, patch = SIZES.get(args["embed_dim"], "base"), args["patch_size"]
+    registers = "_reg4" if "reg_token" in state else ""
     if "blocks.0.attn.norm.weight" in state:
         return first(f"beit3_{size}_patch{patch}_224", "beit3_base_patch16_224")
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]:
         return f"vit_giant_patch14{registers}_dinov2"
+    if "blocks.0.ls1.gamma" in state and args.get("no_embed_class") and not registers:
+        return first(f"deit3_{size}_patch{patch}_224", "deit3_base_patch16_224")
     if "blocks.0.ls1.gamma" in state:
         return first(f"vit_{size}_patch{patch}{registers}_dinov2", f"vit_base_patch14{registers}_dinov2")
     if "dist_token" in state:
         return first(f"deit_{size}_distilled_patch{patch}_224", "deit_base_distilled_patch16_224")
+    if not any(key in state for key in ("cls_token", "reg_token", "blocks.0.attn.qkv.bias")):
+        return "vit_base_patch16_rpn_224"  # norms after each part of its blocks
     return sized("vit", size, patch)
 
 
