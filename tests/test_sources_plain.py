@@ -19,7 +19,7 @@ from models.encoders.resize import resize_table
 from models.encoders.weights import load_encoder, load_normalization, load_state, open_weights
 from models.mim.weights import load_method
 from tests import plain_files, towers
-from tests.plain_files import SEED, beit3, deit3, dinov2, dinov3, eva, eva02, maskfeat, plain, some
+from tests.plain_files import SEED, beit3, block, deit3, dinov2, dinov3, eva, eva02, linear, maskfeat, norm, plain, some
 from tests.towers import clip_file
 
 
@@ -219,7 +219,7 @@ def test_rotary_angles_are_read_off_checked_or_said_to_be_placeholders(tmp_path)
     path, small = tmp_path / "eva02.pt", {"width": 64, "depth": 1, "side": 4, "heads": 2}
     for places in (4, 14, 16):
         found = open_weights(stored(eva02(**small, places=places), path))
-        assert found.args["ref_feat_shape"] == (places, places) and found.args["num_heads"] == 2 and not found.assumed
+        assert found.args["ref_feat_shape"] == (places, places) and found.args["num_heads"] == 2 and not found.remarks
     state = eva02(**small)
     turned = {"rope.freqs_cos": state["rope.freqs_cos"].flip(0), "rope.freqs_sin": state["rope.freqs_sin"].flip(0)}
     with pytest.raises(ValueError, match="rotary angles are not what this encoder computes"):
@@ -347,6 +347,13 @@ def test_a_trunk_of_timms_within_open_clip(tmp_path):
 # the images that it learned from
 
 
+def decoder(width, dim):
+    """MAE's, of one block, that guesses `dim` numbers."""
+    state = {"mask_token": some(1, 1, 32), "decoder_pos_embed": some(1, 5, 32)}
+    state |= {f"decoder_{key}": value for key, value in block(0, 32, 128).items()} | norm("decoder_norm", 32)
+    return state | linear("decoder_embed", 32, width) | linear("decoder_pred", dim, 32)
+
+
 def test_normalization_is_the_origins_or_said_to_be_assumed(tmp_path):
     path = tmp_path / "weights.pth"
     beit = theirs("beit_base_patch16_224", img_size=32).state_dict()
@@ -358,14 +365,15 @@ def test_normalization_is_the_origins_or_said_to_be_assumed(tmp_path):
         (dinov3(1024, 1, heads=16, local=True), released.SATELLITE, ""),
         (beit3(64, 1, side=2), released.HALF, ""),
         (maskfeat(64, 1, side=2), released.IMAGENET, ""),
+        (plain(64, 1, 14, side=2) | decoder(64, dim=32), released.CLIP, ""),  # EVA's ViT-L
         (beit, released.HALF, "mean and std of 0.5, as BEiT has"),
         (plain(64, 1, side=2), released.IMAGENET, "ImageNet's mean and std"),
     ]
     for state, norm, said in cases:
         stored(state, path)
-        assert load_normalization(str(path)) == norm and said in ", ".join(open_weights(str(path)).assumed)
+        assert load_normalization(str(path)) == norm and said in ", ".join(open_weights(str(path)).remarks)
     stored(beit, path)
-    assert load_normalization(f"beitv2:{path}") == released.IMAGENET and not open_weights(f"beitv2:{path}").assumed
+    assert load_normalization(f"beitv2:{path}") == released.IMAGENET and not open_weights(f"beitv2:{path}").remarks
 
 
 # other shapes

@@ -38,7 +38,7 @@ class Weights:
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
     method:        {"name", "args"} with which a run of ours built its method
-    assumed:       what the file does not tell, in words
+    remarks:       what was taken for granted, since the file does not tell it
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Weights:
     others: State = field(default_factory=dict)
     family: Family | None = None
     method: dict | None = None
-    assumed: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def load_encoder(
@@ -112,7 +112,7 @@ def load_found(
     except ValueError as error:
         raise ValueError(f"{found.path}: {error}") from error
     if log is not None:
-        log(f"{found.path} ({found.origin}): {line}{listed('assumed', found.assumed)}")
+        log(f"{found.path} ({found.origin}): {'; '.join([line, *found.remarks])}")
 
 
 def left_out(name: str, in_chans: int, args: dict) -> set[str]:
@@ -184,7 +184,7 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     if norm is None:
         norm, assumed = dict(released.NORMALIZATION.get(origin, released.IMAGENET)), assumed + guessed
     found = Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
-    found.assumed = assumed
+    found.remarks = [f"assumed: {', '.join(assumed)}"] if assumed else []
     return found
 
 

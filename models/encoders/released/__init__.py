@@ -95,6 +95,12 @@ def guesses_features(state: State) -> bool:
     return stem is not None and "decoder_pred.weight" in state and len(state["decoder_pred.weight"]) != stem[0].numel()
 
 
+def is_eva_l(state: State) -> bool:
+    """Whether it is EVA's ViT-L, which guesses features as MILAN does, but by MAE's decoder and from patches of 14 px."""
+    stem = state.get("patch_embed.proj.weight")
+    return guesses_features(state) and stem.shape[2] == 14 and "decoder_blocks.0.attn.qkv.weight" in state
+
+
 def is_satellite(state: State) -> bool:
     """Whether a DINOv3 of ViT-L's size has a norm for small crops: the one that learned from satellite images does."""
     return "local_cls_norm.weight" in state and state["local_cls_norm.weight"].shape == (1024,)
@@ -113,6 +119,7 @@ ORIGINS: tuple[tuple[str, Callable[[State], bool]], ...] = (  # else the family'
     ("mixmim", has("layers.0.blocks.0.", "absolute_pos_embed")),
     ("fastmim", guesses_on_paint),
     ("simmim", begins("decoder.0.")),
+    ("eva_l", is_eva_l),
     ("milan", guesses_features),
     ("mae", begins("decoder_")),
 )
@@ -121,7 +128,7 @@ CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 SATELLITE = {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
 NORMALIZATION = {  # of origins whose images were not ImageNet's way
-    **dict.fromkeys(("clip", "open_clip", "eva"), CLIP),
+    **dict.fromkeys(("clip", "open_clip", "eva", "eva_l"), CLIP),
     **dict.fromkeys(("beit", "beit3", "siglip", "perception"), HALF),
     "dinov3_sat493m": SATELLITE,
 }

@@ -13,14 +13,12 @@ from torch import Tensor
 from models.encoders.layers import resample, sincos
 
 State = dict[str, Tensor]
-ROTARY = ("freqs_cos", "freqs_sin", "rope_embed.periods")
-# buffers: computed, not learned
-DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask", "qkv.bias_mask", *ROTARY)
+DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers: computed, not learned
 # what a checkpoint holds beside its encoder
 OTHERS = ("decoder", "mask_token", "fc_norm.", "head.", "lm_head.", "cls_pt_layers.", "head_dist.", "attn_pool.")
-OTHERS += ("text.", "pred_head.", "hogs.", "dino_head.", "ibot_head.", "local_cls_norm.")
+OTHERS += ("text.", "buffers.", "pred_head.", "hogs.", "dino_head.", "ibot_head.", "local_cls_norm.")
 MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning at 384 px stretches its positions
-SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant", 4096: "7b"}
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}  # where a head has not 64 channels
 
 

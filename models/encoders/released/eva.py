@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from models.encoders.released.common import (
-    DERIVED,
     OTHERS,
     SIZES,
     State,
@@ -22,7 +21,9 @@ from models.encoders.released.common import (
 )
 from models.encoders.released.vit import first
 
+COMPUTED = (r"^(.*(?:\.bias_mask|\.freqs_cos|\.freqs_sin|rope_embed\.periods))$", r"buffers.\1")
 EVA = (
+    COMPUTED,
     (r"\.attn\.inner_attn_ln\.", ".attn.norm."),
     (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
     (r"\.mlp\.w12\.", ".mlp.fc1."),
@@ -33,8 +34,7 @@ EVA = (
 SEPARATE = ((r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias"),)  # where queries, keys and values have their own layers
 DINOV3 = ((r"^backbone\.", ""), *EVA, (r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1"))
 PRETRAINED = 16  # places along a side for which EVA-02's angles were made
-LARGE = {4096: "7b"}
-HEADS_EVA = {4096: 32, 1280: 20}
+HEADS = {1280: 20, 4096: 32}  # where these have others than CLIP and MAE
 
 
 def is_eva(state: State) -> bool:
@@ -58,7 +58,7 @@ def is_perception(state: State) -> bool:
 
 def eva(key: str) -> str | None:
     """A transformer of EVA's kind, pretrained or fine-tuned."""
-    return None if key.startswith(OTHERS) or key.endswith(DERIVED) else f"vit.{key}"
+    return None if key.startswith(OTHERS) else f"vit.{key}"
 
 
 def unify_eva(state: State) -> State:
@@ -73,7 +73,7 @@ def dinov3(state: State) -> State:
     for key, value in named.items():
         if key.endswith("qkv.bias"):
             queries, keys, values = value.chunk(3)
-            if f"{key}_mask" not in named and keys.any():
+            if f"buffers.{key}_mask" not in named and keys.any():
                 raise ValueError(f"{key} holds biases of keys, which is not what DINOv3 released")
             ours |= {key.replace("qkv.bias", "q_bias"): queries, key.replace("qkv.bias", "v_bias"): values}
         else:
@@ -91,7 +91,7 @@ def describe_eva(state: State) -> tuple[str, dict]:
         "patch_size": patch,
         "embed_dim": width,
         "depth": count(state, r"blocks\.(\d+)\."),
-        "num_heads": heads_told(state) or HEADS_EVA.get(width) or heads_of(width),
+        "num_heads": heads_told(state) or HEADS.get(width) or heads_of(width),
         "mlp_ratio": ratio(hidden, width),
         "qkv_bias": any(f"{block}attn.{key}" in state for key in ("q_bias", "q_proj.bias", "qkv.bias")),
         "qkv_fused": not separate,
@@ -106,8 +106,8 @@ def describe_eva(state: State) -> tuple[str, dict]:
     }
     if "pos_embed" in state:
         args |= tokens_and_places(state, patch)
-    if "rope.freqs_cos" in state:
-        places = rotated_places(state["rope.freqs_cos"], state["rope.freqs_sin"])
+    if "buffers.rope.freqs_cos" in state:
+        places = rotated_places(state["buffers.rope.freqs_cos"], state["buffers.rope.freqs_sin"])
         args |= {"use_rot_pos_emb": True, "ref_feat_shape": (places, places)}
     return eva_name(state, width, patch, gates or packed), args
 
@@ -123,10 +123,10 @@ def describe_perception(state: State) -> tuple[str, dict]:
 
 def eva_name(state: State, width: int, patch: int, gates: bool) -> str:
     """timm's name of such a transformer, which stands for epsilons and the kind of its rotary positions."""
-    size = LARGE.get(width) or SIZES.get(width, "base")
+    size = SIZES.get(width, "base")
     if "rope.freqs" in state:
         return f"vit_base_patch16_rope_mixed{'_ape' if 'pos_embed' in state else ''}_224"
-    if "pos_embed" in state and (gates or "rope.freqs_cos" in state):
+    if "pos_embed" in state and (gates or "buffers.rope.freqs_cos" in state):
         clip = "_clip" if "blocks.0.attn.norm.weight" in state else ""
         return first(f"eva02_{size}_patch{patch}{clip}_224", f"eva02_base_patch{16 if clip else 14}{clip}_224")
     if "pos_embed" in state:
@@ -143,23 +143,23 @@ def eva_name(state: State, width: int, patch: int, gates: bool) -> str:
 def heads_told(state: State) -> int | None:
     """The number of heads, where a table of rotary angles tells the channels of one."""
     width = len(state["patch_embed.proj.weight"])
-    if "rope.freqs_cos" in state:
-        return width // state["rope.freqs_cos"].shape[1]
-    if "rope_embed.periods" in state:
-        return width // (4 * len(state["rope_embed.periods"]))
+    if "buffers.rope.freqs_cos" in state:
+        return width // state["buffers.rope.freqs_cos"].shape[1]
+    if "buffers.rope_embed.periods" in state:
+        return width // (4 * len(state["buffers.rope_embed.periods"]))
     return None
 
 
 def assumed_of_eva(state: State, args: dict) -> list[str]:
     """In words, what no tensor told. ValueError if rotary angles are meant, but not those that are computed here."""
     notes = [] if heads_told(state) else tell_heads(state, args)
-    if "rope.freqs_cos" in state:
-        cos, sin = state["rope.freqs_cos"].float(), state["rope.freqs_sin"].float()
+    if "buffers.rope.freqs_cos" in state:
+        cos, sin = state["buffers.rope.freqs_cos"].float(), state["buffers.rope.freqs_sin"].float()
         ours = angles(math.isqrt(len(cos)), cos.shape[1], args["ref_feat_shape"][0])
         same = cos.shape == ours.shape and torch.allclose(cos, ours.cos(), atol=1e-2)
         meant = torch.allclose(cos**2 + sin**2, torch.ones(()), atol=1e-2)
-    elif "rope_embed.periods" in state:
-        periods = state["rope_embed.periods"].float()
+    elif "buffers.rope_embed.periods" in state:
+        periods = state["buffers.rope_embed.periods"].float()
         ours = 100 ** (torch.arange(len(periods)) / len(periods))
         same, meant = torch.allclose(periods, ours, rtol=1e-2), bool((periods.diff() > 0).all() and periods[0] > 0)
     else:
