@@ -2,8 +2,11 @@
 
 import math
 import re
+import time
 
 import torch
+
+from models.encoders.weights import load_encoder
 
 SEED = torch.Generator()
 
@@ -188,3 +191,25 @@ def deit3(width=384, depth=2, patch=16, side=14):
     state = plain(width, depth, patch, side) | linear("head", 7, width)
     state["pos_embed"] = some(1, side**2, width)
     return state | {f"blocks.{i}.gamma_{k}": some(width) for i in range(depth) for k in (1, 2)}
+
+
+def decoder(width, dim):
+    """MAE's, of one block, that guesses `dim` numbers."""
+    state = {"mask_token": some(1, 1, 32), "decoder_pos_embed": some(1, 5, 32)}
+    state |= {f"decoder_{key}": value for key, value in block(0, 32, 128).items()} | norm("decoder_norm", 32)
+    return state | linear("decoder_embed", 32, width) | linear("decoder_pred", dim, 32)
+
+
+def stored(state, path, wrapper="model"):
+    torch.save({wrapper: state, "epoch": 1} if wrapper else state, path)
+    return str(path)
+
+
+def load(state, path, wrapper="model", **changes):
+    """The encoder of a file that holds this state, all of it, and the line on it; nobody says whose it is."""
+    lines, start = [], time.monotonic()
+    encoder = load_encoder(stored(state, path, wrapper), log=lines.append, **changes)
+    assert time.monotonic() - start < 10
+    n = len(encoder.state_dict())
+    assert f"encoder {n}/{n} tensors" in lines[0] and "fresh" not in lines[0] and "unread" not in lines[0]
+    return encoder, lines[0]

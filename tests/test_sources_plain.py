@@ -1,14 +1,11 @@
 """Files of plain transformers, as each repository spells them, go in whole and compute what timm makes of them."""
 
-import json
 import re
-import time
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
@@ -19,23 +16,22 @@ from models.encoders.resize import resize_table
 from models.encoders.weights import load_encoder, load_normalization, load_state, open_weights
 from models.mim.weights import load_method
 from tests import plain_files, towers
-from tests.plain_files import SEED, beit3, block, deit3, dinov2, dinov3, eva, eva02, linear, maskfeat, norm, plain, some
+from tests.plain_files import (
+    SEED,
+    beit3,
+    decoder,
+    deit3,
+    dinov2,
+    dinov3,
+    eva,
+    eva02,
+    load,
+    maskfeat,
+    plain,
+    some,
+    stored,
+)
 from tests.towers import clip_file
-
-
-def stored(state, path, wrapper="model"):
-    torch.save({wrapper: state, "epoch": 1} if wrapper else state, path)
-    return str(path)
-
-
-def load(state, path, wrapper="model", **changes):
-    """The encoder of a file that holds this state, all of it, and the line on it; nobody says whose it is."""
-    lines, start = [], time.monotonic()
-    encoder = load_encoder(stored(state, path, wrapper), log=lines.append, **changes)
-    assert time.monotonic() - start < 10
-    n = len(encoder.state_dict())
-    assert f"encoder {n}/{n} tensors" in lines[0] and "fresh" not in lines[0] and "unread" not in lines[0]
-    return encoder, lines[0]
 
 
 def check_against(module, name, state, encoder, **args):
@@ -270,93 +266,12 @@ def test_slip_and_dino_tell_themselves(write, name, tmp_path):
     assert load_normalization(str(tmp_path / "tower.pth")) == released.IMAGENET
 
 
-# timm's own files
-
-TIMM = ("vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "deit_tiny_distilled_patch16_224")
-TIMM += ("deit3_small_patch16_224", "beit_base_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224")
-TIMM += ("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb")
-TIMM += ("vit_wee_patch16_reg1_gap_256", "vit_medium_patch16_rope_reg1_gap_256", "vit_small_patch16_rope_224")
-TIMM += ("vit_small_patch16_rope_mixed_ape_224", "vit_pe_core_tiny_patch16_384", "vit_pe_spatial_tiny_patch16_512")
-TIMM += ("vit_base_patch16_siglip_224", "vit_base_patch16_rpn_224", "eva02_base_patch16_clip_224")
-WITH_CONFIG = ("vit_base_patch16_clip_224", "vit_small_patch16_18x2_224", "vit_small_patch16_rope_ape_224")
-WITH_CONFIG += (
-    "vit_base_patch16_gap_224",
-    "vit_dwee_patch16_reg1_gap_256",
-    "beitv2_base_patch16_224",
-    "vit_base_patch16_xp_224",
-)
-
-
-def theirs(name, **args):
-    """A model of timm's with a classifier, of two blocks, its numbers as if trained."""
-    torch.manual_seed(0)
-    small = {} if "_pe_" in name else {"img_size": 32 if "32" in name else 64 if "16" in name else 56}
-    model = timm.create_model(name, num_classes=3, depth=2, **small | args).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def check_same(model, encoder):
-    images = torch.randn(1, 3, *model.patch_embed.img_size)
-    with torch.no_grad():
-        expected, found = model.forward_features(images), encoder(images)
-    tokens = found.maps[-1].flatten(2).mT
-    tokens = tokens if found.prefix is None else torch.cat([found.prefix, tokens], 1)
-    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_a_state_dict_of_timms_tells_its_shapes(name, tmp_path):
-    model = theirs(name)
-    encoder, _ = load(model.state_dict(), tmp_path / "model.pth", None)
-    check_same(model, encoder)
-
-
-@pytest.mark.parametrize("name", WITH_CONFIG)
-def test_config_json_beside_it_tells_the_rest(name, tmp_path):
-    model = theirs(name)
-    size = model.patch_embed.img_size
-    trained = {"input_size": [3, *size], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    args = {"depth": 2, "num_classes": 3, "global_pool": "avg"}
-    config = {"architecture": name, "num_classes": 3, "model_args": args, "pretrained_cfg": trained}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
-    lines, source = [], str(tmp_path / "model.safetensors")
-    encoder = load_encoder(source, log=lines.append)
-    check_same(model, encoder)
-    assert encoder.plan["name"] == name and "assumed" not in lines[0]
-    assert load_normalization(source) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    for text, message in [("{", "config.json beside it is no JSON"), ('{"architecture": "moose"}', 'it says "moose"')]:
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load_encoder(source)
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')  # somebody else's
-
-
-def test_a_trunk_of_timms_within_open_clip(tmp_path):
-    model = theirs("vit_tiny_patch16_224", img_size=64)
-    state = {f"visual.trunk.{key}": value for key, value in model.state_dict().items()}
-    encoder, line = load(
-        state | {"text.positional_embedding": some(7, 8), "logit_scale": some()}, tmp_path / "clip.bin"
-    )
-    check_same(model, encoder)
-    assert "text 2" in line
-
-
 # the images that it learned from
-
-
-def decoder(width, dim):
-    """MAE's, of one block, that guesses `dim` numbers."""
-    state = {"mask_token": some(1, 1, 32), "decoder_pos_embed": some(1, 5, 32)}
-    state |= {f"decoder_{key}": value for key, value in block(0, 32, 128).items()} | norm("decoder_norm", 32)
-    return state | linear("decoder_embed", 32, width) | linear("decoder_pred", dim, 32)
 
 
 def test_normalization_is_the_origins_or_said_to_be_assumed(tmp_path):
     path = tmp_path / "weights.pth"
-    beit = theirs("beit_base_patch16_224", img_size=32).state_dict()
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1).state_dict()
     cases = [
         (eva(64, patch=8, side=2, hidden=128), released.CLIP, ""),
         (eva02(64, 1, side=2, heads=2), released.CLIP, ""),
@@ -369,9 +284,9 @@ def test_normalization_is_the_origins_or_said_to_be_assumed(tmp_path):
         (beit, released.HALF, "mean and std of 0.5, as BEiT has"),
         (plain(64, 1, side=2), released.IMAGENET, "ImageNet's mean and std"),
     ]
-    for state, norm, said in cases:
+    for state, expected, said in cases:
         stored(state, path)
-        assert load_normalization(str(path)) == norm and said in ", ".join(open_weights(str(path)).remarks)
+        assert load_normalization(str(path)) == expected and said in ", ".join(open_weights(str(path)).remarks)
     stored(beit, path)
     assert load_normalization(f"beitv2:{path}") == released.IMAGENET and not open_weights(f"beitv2:{path}").remarks
 

@@ -96,7 +96,7 @@ def guesses_features(state: State) -> bool:
 
 
 def is_eva_l(state: State) -> bool:
-    """Whether it is EVA's ViT-L, which guesses features as MILAN does, but by MAE's decoder and from patches of 14 px."""
+    """Whether it is EVA's ViT-L, which guesses features as MILAN does, but by MAE's decoder, in patches of 14 px."""
     stem = state.get("patch_embed.proj.weight")
     return guesses_features(state) and stem.shape[2] == 14 and "decoder_blocks.0.attn.qkv.weight" in state
 
