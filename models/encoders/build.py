@@ -53,10 +53,12 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
             if "'img_size'" not in str(error):
                 raise
             encoder = family(in_chans=in_chans, **sizes | args)  # this family asks for no size
-    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
         if unknown in args:
             raise ValueError(unknown_argument(name, unknown)) from error
+        if not str(error):  # a bare assertion: where it stands says more
+            raise
         raise ValueError(f"{name} cannot be built with {sized | args}: {error}") from error
     encoder.plan = {"name": name, "in_chans": in_chans, "args": sized | args}
     return encoder

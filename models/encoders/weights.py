@@ -16,6 +16,7 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.released.common import DERIVED, State
+from models.encoders.released.config import read_config
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
@@ -37,6 +38,7 @@ class Weights:
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
     method:        {"name", "args"} with which a run of ours built its method
+    remarks:       what was taken for granted, since the file does not tell it
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Weights:
     others: State = field(default_factory=dict)
     family: Family | None = None
     method: dict | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 def load_encoder(
@@ -109,7 +112,7 @@ def load_found(
     except ValueError as error:
         raise ValueError(f"{found.path}: {error}") from error
     if log is not None:
-        log(f"{found.path} ({found.origin}): {line}")
+        log(f"{found.path} ({found.origin}): {'; '.join([line, *found.remarks])}")
 
 
 def left_out(name: str, in_chans: int, args: dict) -> set[str]:
@@ -160,9 +163,11 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     """What somebody else's file says, in our keys."""
     origin, family, state = released.recognise(content.state, kind)
     strange = check_derived(state)
+    told, guessed = read_config(path), [] if kind else released.guessed(origin, state)
     try:
-        state = family.prepare(state)
-        name, args = family.describe(state)
+        state = state if told and told.plain else family.prepare(state)
+        name, args = family.describe(state) if told is None else told.describe(state)
+        assumed = [] if told else family.assumes(state, args)
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
@@ -175,9 +180,13 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
-    norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
+    norm = told.normalization if told else None
+    if norm is None:
+        norm, assumed = dict(released.NORMALIZATION.get(origin, released.IMAGENET)), assumed + guessed
     beside = content.beside + [f"{key}, which is not what is computed in its place" for key in strange[:1]]
-    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, beside, state, family)
+    found = Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, beside, state, family)
+    found.remarks = [f"assumed: {', '.join(assumed)}"] if assumed else []
+    return found
 
 
 def what(key: str) -> str:
@@ -203,12 +212,12 @@ def load_state(
     """
     ignored, resized, misfits = Counter(ignored), Counter(), []
     own, fitted = encoder.state_dict(), {}
-    state = share_table(encoder, state)
+    state, grid = share_table(encoder, state), grid_of(encoder, state, img_size)
     for key, value in state.items():
         if not encoder.normed and key.startswith("vit.norm."):
             ignored["norm"] += 1
         elif key in own:
-            fits, how = fit(encoder, key, value, own[key], img_size)
+            fits, how = fit(encoder, key, value, own[key], grid)
             resized.update([how] if how else [])
             if fits is None:
                 misfits.append(f"{key} ({shape(value)} in the file, {shape(own[key])} here)")
@@ -257,6 +266,15 @@ def share_table(encoder: Encoder, state: State) -> State:
     if len(tables) > 1 and [key for key in state if key.startswith("tables.")] == ["tables.0"]:
         return state | {key: state["tables.0"].clone() for key in tables}
     return state
+
+
+def grid_of(encoder: Encoder, state: State, img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """The places, down and across, of the encoder that a file is of, as far as its image size is known."""
+    if img_size is None:
+        return None
+    patch = len(state["vit.patch_embed.proj.weight"][0, 0]) if "vit.patch_embed.proj.weight" in state else encoder.patch
+    down, across = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return down // patch, across // patch
 
 
 def shape(tensor: Tensor) -> str:

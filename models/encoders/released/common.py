@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -14,9 +15,11 @@ from models.encoders.layers import resample, sincos
 State = dict[str, Tensor]
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers: computed, not learned
 # what a checkpoint holds beside its encoder
-OTHERS = ("decoder", "mask_token", "fc_norm.", "head.", "lm_head.", "cls_pt_layers.")
+OTHERS = ("decoder", "mask_token", "fc_norm.", "head.", "lm_head.", "cls_pt_layers.", "head_dist.", "attn_pool.")
+OTHERS += ("text.", "buffers.", "pred_head.", "hogs.", "dino_head.", "ibot_head.", "local_cls_norm.")
 MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning at 384 px stretches its positions
-SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant", 4096: "7b"}
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}  # where a head has not 64 channels
 
 
 def plain(state: State, patch: int, width: int) -> dict:
@@ -25,10 +28,54 @@ def plain(state: State, patch: int, width: int) -> dict:
         "patch_size": patch,
         "embed_dim": width,
         "depth": count(state, r"blocks\.(\d+)\."),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.weight"]), width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "final_norm": "norm.weight" in state,  # fine-tuning on the mean of the places norms after the mean
     }
+
+
+def ratio(hidden: int, width: int) -> float:
+    """The number by which a width is multiplied and cut to a whole number for that many hidden channels."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else math.nextafter(exact, math.inf)
+
+
+def heads_of(width: int) -> int | None:
+    """The usual number of attention heads, which no tensor tells; None for a width that is not usual."""
+    return HEADS.get(width) or (width // 64 if width % 64 == 0 else None)
+
+
+def tell_heads(state: State, args: dict) -> list[str]:
+    """What `heads_of` assumed, in words."""
+    return [f"{args['num_heads']} heads"] if args.get("num_heads") else []
+
+
+def tokens_and_places(state: State, patch: int) -> dict:
+    """The size of image for which a table of positions was learned, and which tokens it is for besides the patches."""
+    extra = [state[key].shape[1] for key in ("cls_token", "dist_token", "reg_token") if key in state]
+    places = state["pos_embed"].shape[1]
+    alone = math.isqrt(places) ** 2 == places and math.isqrt(places - sum(extra)) ** 2 != places - sum(extra)
+    n = places if alone else places - sum(extra)
+    side = math.isqrt(n)
+    args = {"img_size": side * patch} if side**2 == n else {}
+    return args | ({"no_embed_class": True} if alone and extra else {})
+
+
+def renamed(state: State, names: Sequence[tuple[str, str]]) -> State:
+    """The same tensors; each pattern that is found in a key is replaced, one after another."""
+    new = {}
+    for key, value in state.items():
+        for old, other in names:
+            key = re.sub(old, other, key)
+        new[key] = value
+    return new
+
+
+def inside(state: State, prefix: str) -> State:
+    """The same tensors, those of a prefix without it, all others as "text."; as it is for an empty prefix."""
+    if not prefix:
+        return state
+    return {key.removeprefix(prefix) if key.startswith(prefix) else f"text.{key}": state[key] for key in state}
 
 
 def sized(family: str, size: str, patch: int) -> str:

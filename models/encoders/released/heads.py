@@ -34,6 +34,8 @@ HEADS = {  # by origin: official key, ours
     ),
     "mixmim": ((r"^mask_token$", "head.head.fill.token"), *((old, f"head.{new}") for old, new in TRANSFORMER)),
     "beit": BEIT,
+    "eva": BEIT,
+    "maskfeat": ((r"^mask_token$", "hide.fill.token"), (r"^pred_head\.projections\.0\.", "head.cells.linear.")),
     "beitv2": (*BEIT, (r"^cls_pt_layers\.", "head.blocks."), (r"^norm\.", "head.norm.")),
 }
 # the numbers that a decoder gives for a place, in the order of each repository: cells p, q; pixels y, x; channels c
@@ -44,6 +46,7 @@ ORDER = {
     "fastmim": CELLS_FIRST,
     "simmim": CHANNELS_FIRST,
     "mixmim": CELLS_FIRST,
+    "maskfeat": CHANNELS_FIRST,
     "hiera": CHANNELS_FIRST,
     "convnextv2": CELLS_FIRST,
 }

@@ -15,6 +15,10 @@ def as_it_is(state: State) -> State:
     return state
 
 
+def nothing(state: State, args: dict) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Family:
     """Encoders whose checkpoints are spelled alike.
@@ -24,6 +28,7 @@ class Family:
     rename:   our key for one of a prepared state
     describe: how to build the encoder of a prepared state; KeyError names what is missing
     prepare:  the state in whose keys `rename` and `describe` are written
+    assumes:  in words, what no tensor of a prepared state told `describe`
     """
 
     name: str
@@ -31,6 +36,7 @@ class Family:
     rename: Rename
     describe: Describe
     prepare: Callable[[State], State] = as_it_is
+    assumes: Callable[[State, dict], list[str]] = nothing
 
 
 @dataclass(frozen=True)
