@@ -21,6 +21,7 @@ from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
 from models.encoders.released.layout import Family
 from models.encoders.released.read import Content, read
+from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
 
 
@@ -37,6 +38,7 @@ class Weights:
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
     method:        {"name", "args"} with which a run of ours built its method
+    remarks:       what was taken for granted
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Weights:
     others: State = field(default_factory=dict)
     family: Family | None = None
     method: dict | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 def load_encoder(
@@ -73,7 +76,7 @@ def load_encoder(
 
     ValueError in one line if the file cannot be read or does not fit.
     """
-    found = open_weights(source)
+    found = open_weights(source, changes.get("encoder", ""))
     absent = set()
     if whole and found.args.get("drop_last") and "drop_last" not in changes:
         absent = left_out(found.name, found.in_chans, found.args | changes)
@@ -109,7 +112,7 @@ def load_found(
     except ValueError as error:
         raise ValueError(f"{found.path}: {error}") from error
     if log is not None:
-        log(f"{found.path} ({found.origin}): {line}")
+        log(f"{found.path} ({found.origin}): {'; '.join([line, *found.remarks])}")
 
 
 def left_out(name: str, in_chans: int, args: dict) -> set[str]:
@@ -127,8 +130,11 @@ def load_normalization(source: str) -> dict:
     return found.normalization
 
 
-def open_weights(source: str) -> Weights:
-    """What the file of a source says of its encoder. ValueError in one line if it is no encoder's, or not readable."""
+def open_weights(source: str, name: str = "") -> Weights:
+    """What the file of a source says of its encoder. ValueError in one line if it is no encoder's, or not readable.
+
+    name: of the architecture, if the user knows it; it counts where timm wrote the file
+    """
     kind, path = locate(source)
     content = read(path)
     if "encoder" in content.metadata:
@@ -138,7 +144,7 @@ def open_weights(source: str) -> Weights:
         own = plan["name"], plan["in_chans"], plan["args"], content.state, norm
         return Weights(path, "ours", *own, method=method)
     try:
-        return translate(path, kind, content)
+        return translate(path, kind, content, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -156,13 +162,26 @@ def locate(source: str) -> tuple[str, Path]:
     return kind, path
 
 
-def translate(path: Path, kind: str, content: Content) -> Weights:
+def translate(path: Path, kind: str, content: Content, name: str = "") -> Weights:
     """What somebody else's file says, in our keys."""
     check_derived(content.state)
-    origin, family, state = released.recognise(content.state, kind)
+    of_timm = None if kind else native(content.state, read_config(path), path, name)
+    if of_timm is not None:
+        origin, (family, norm), state = "timm", of_timm, content.state
+    else:
+        try:
+            origin, family, state = released.recognise(content.state, kind)
+        except ValueError as error:
+            if module_of(content.state) and not name:
+                raise ValueError(
+                    f"it is of timm's {module_of(content.state)}, but none of the architectures there has just these "
+                    "tensors: give encoder, the name of the nearest, or put timm's config.json beside it"
+                ) from error
+            raise
+        norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
     try:
         state = family.prepare(state)
-        name, args = family.describe(state)
+        name, args, *remarks = family.describe(state)
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
@@ -175,8 +194,8 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
-    norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
-    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
+    told = ignored, content.beside, state, family, None, remarks
+    return Weights(path, origin, name, stem.shape[1], args, ours, norm, *told)
 
 
 def what(key: str) -> str:

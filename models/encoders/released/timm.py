@@ -1,0 +1,209 @@
+"""Checkpoints as timm writes them: which of its architectures they are of, and what its keys are called here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch.overrides import TorchFunctionMode
+
+from models.encoders.released.beit import table_name
+from models.encoders.released.common import DERIVED, State, count, is_sincos
+from models.encoders.released.convnext import substitute
+from models.encoders.released.layout import Dialect, Family, has
+
+CONFIG = "config.json"  # timm's, beside a file
+HEAD = ("head", "fc.", "fc_norm.", "classifier.", "attn_pool.")  # what comes after an encoder
+TABLE = r"^(?:rel_pos_bias|blocks\.(\d+)\.attn)\.relative_position_bias_table$"
+RUNTIME = ("num_classes", "global_pool", "in_chans", "fc_norm", "use_fc_norm", "final_norm")  # told by the tensors
+
+
+def stages(*words: str) -> Callable[[State], bool]:
+    """Whether a state has these, and no Swin's stage ends with its downsampling layer, as in official code."""
+    return lambda state: has(*words)(state) and not has("layers.0.downsample.")(state)
+
+
+SIGNATURES = {  # of timm's modules: keys that only their models have
+    "swin_transformer": stages("layers.0.blocks.0.attn.relative_position_bias_table", "layers.1.downsample."),
+    "swin_transformer_v2": stages("layers.0.blocks.0.attn.logit_scale", "layers.1.downsample.", "attn.cpb_mlp."),
+    "convnext": has("stages.0.blocks.0.conv_dw."),
+    "hiera": has("blocks.0.mlp.fc1.", "head.norm.", "patch_embed.proj."),
+    "pvt_v2": has("stages.0.blocks.0.attn.kv.", "patch_embed.proj."),
+    "resnet": has("layer1.0.conv1.weight", "bn1.running_mean"),
+    "mvitv2": has("stages.0.blocks.0.attn.norm_q.", "patch_embed.proj."),
+    "davit": has("stages.0.blocks.0.0.", "stem.conv."),
+    "focalnet": has("layers.0.blocks.0.modulation.f."),
+    "maxxvit": has("stages.0.blocks.0.", "stem.conv1.", "stages.2.blocks.0."),
+    "regnet": has("s1.b1.conv1.conv.weight"),
+    "nest": has("levels.0.transformer_encoder.0."),
+    "metaformer": has("stages.0.blocks.0.token_mixer."),
+    "inception_next": has("stages.0.blocks.0.token_mixer.dwconv_hw."),
+    "edgenext": has("stages.0.blocks.0.conv_dw.", "stages.1.blocks.0.convs."),
+    "gcvit": has("stages.0.blocks.0.attn.rel_pos."),
+}
+CONVNEXT = (  # timm's, official
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+    (r"\.mlp\.grn\.weight$", ".grn.gamma"),
+    (r"\.mlp\.grn\.bias$", ".grn.beta"),
+    (r"^head\.norm\.", "norm."),
+)
+
+
+class Shapes(TorchFunctionMode):
+    """Leaves out what is written into tensors: on the meta device it costs time and changes nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name not in ("requires_grad_", "apply_") and not name.startswith("__"):
+            return args[0] if args else (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def outline(name: str, **args) -> State:
+    """The tensors of a model of timm, on the meta device."""
+    with torch.device("meta"), Shapes():
+        return timm.create_model(name, **args).state_dict()
+
+
+def read_config(path: Path) -> dict:
+    """timm's config.json beside a file, if there is one: {"architecture", "model_args", "pretrained_cfg", ...}."""
+    beside = path.with_name(CONFIG)
+    try:
+        config = json.loads(beside.read_text()) if beside.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{beside} is no JSON: {error}") from error
+    name = config.get("architecture") if isinstance(config, dict) else None
+    return config if isinstance(name, str) and timm.is_model(name.partition(".")[0]) else {}
+
+
+def native(state: State, config: dict, path: Path, name: str = "") -> tuple[Family, dict] | None:
+    """The family of a state that timm wrote, made for its architecture, and how its images were normalised.
+
+    config: from `read_config`
+    path:   of the file, which may bear the name of the architecture: it decides where several fit
+    name:   of the architecture, where the user knows it
+
+    None if the state is not timm's, or of none of its architectures.
+    """
+    remarks, args, norm = [], {}, config.get("pretrained_cfg", config)
+    taken = name or config.get("architecture", "").partition(".")[0]
+    if config and taken == config["architecture"].partition(".")[0]:
+        args = {key: value for key, value in config.get("model_args", {}).items() if key not in RUNTIME}
+    elif taken and module_of(state):
+        norm = {}
+    else:
+        fitting = sorted(architectures(state), key=lambda fit: (fit not in str(path), *rank(fit, path)))
+        if not fitting:
+            return None
+        taken, *others = fitting
+        remarks = [f"taken for {taken}" + (f" ({', '.join(others)} would fit, too)" if others else "")]
+    stem = place(taken, state)
+    if stem is None:
+        return None
+    default = timm.get_pretrained_cfg(taken)
+    norm = {key: norm.get(key) or getattr(default, key, None) for key in ("mean", "std")}
+    describe = partial(describe_timm, name=taken, args=args, remarks=remarks)
+    return Family("timm", has(), partial(our_key, stem=stem), describe), norm
+
+
+def rank(name: str, path: Path) -> tuple[int, str]:
+    """The longest name that a path bears comes first; of others, the shortest."""
+    return (-len(name) if name in str(path) else len(name)), name
+
+
+def describe_timm(state: State, name: str, args: dict, remarks: list[str]) -> tuple:
+    """As `describe_vit`, for a file of which the architecture is known."""
+    if model_entrypoint(name).__module__.endswith((".vision_transformer", ".deit", ".beit", ".eva")):
+        args = args | {"final_norm": "norm.weight" in state}
+        if "pos_embed" in state and state["pos_embed"].ndim == 3 and is_sincos(state["pos_embed"]):
+            args["position"] = "sincos"
+    return name, args, *remarks
+
+
+def place(name: str, state: State) -> str | None:
+    """Where the stem of an architecture is in a state's keys; "" for plain transformers, None if there is none."""
+    from models.encoders.build import encoder_class  # which itself imports what this package has
+
+    stems = getattr(encoder_class(name), "stems", ("patch_embed",))
+    found = next((stem for stem in stems if any(key.startswith(f"{stem}.") for key in state)), None)
+    return "" if found and encoder_class(name).__name__ == "ViT" else found
+
+
+def our_key(key: str, stem: str) -> str | None:
+    """Our key for one of timm's, given where its stem is; None if it is not the encoder's."""
+    if key.startswith(HEAD) or key.endswith(DERIVED):
+        return None
+    if not stem:
+        key = re.sub(TABLE, table_name, key)
+        return key if key.startswith("tables.") else f"vit.{key}"
+    return f"stem.{key.removeprefix(f'{stem}.')}" if key.startswith(f"{stem}.") else f"backbone.{key}"
+
+
+def module_of(state: State) -> str:
+    """The module of timm whose keys a state has, empty if none."""
+    return next((module for module, signed in SIGNATURES.items() if signed(state)), "")
+
+
+def architectures(state: State) -> list[str]:
+    """Those of timm's architectures that have a state's tensors, to the last one of the encoder."""
+    module = module_of(state)
+    if not module:
+        return []
+    names = timm.list_models(module=module)
+    if module == "resnet":  # there are many, and most tell their depth
+        blocks = count_blocks(state)
+        names = [name for name in names if re.search(rf"(?<!\d){blocks}(?!\d)", name) or not re.search(r"\d\d", name)]
+    if module == "maxxvit":
+        names = [name for name in names if name.startswith("coat") != has("attn_block.")(state)]
+    return [name for name in names if fits(state, outline(name))]
+
+
+def count_blocks(state: State) -> int:
+    """The layers of a ResNet, as its name counts them."""
+    blocks = sum(count(state, rf"layer{i}\.(\d+)\.") for i in range(1, 5))
+    return 2 + blocks * (3 if "layer1.0.conv3.weight" in state else 2)
+
+
+def fits(state: State, like: State) -> bool:
+    """Whether a state has all tensors of a model but its head, in their shapes; channels of an image may differ."""
+    wrong = [
+        key
+        for key in state.keys() | like.keys()
+        if not key.startswith(HEAD)
+        and not key.endswith(DERIVED)
+        and (key not in state or key not in like or state[key].shape != like[key].shape)
+    ]
+    return len(wrong) < 2 and all(only_channels(state, like, key) for key in wrong)
+
+
+def only_channels(state: State, like: State, key: str) -> bool:
+    """Whether a tensor is a stem's, for other images than of 3 channels."""
+    if key not in state or key not in like or not state[key].ndim == like[key].ndim == 4 or like[key].shape[1] != 3:
+        return False
+    return state[key][:, 0].shape == like[key][:, 0].shape
+
+
+def speaks(state: State) -> bool:
+    """Whether a state is a Swin's or a ConvNeXt's of timm, of whatever size."""
+    return any(SIGNATURES[module](state) for module in ("swin_transformer", "swin_transformer_v2", "convnext"))
+
+
+def official(state: State) -> State:
+    """timm's tensors of a Swin or a ConvNeXt by official keys, from which sizes are read."""
+    if SIGNATURES["convnext"](state):
+        return {substitute(CONVNEXT, key): value for key, value in state.items()}
+    earlier = partial(re.sub, r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample")
+    return {earlier(key): value for key, value in state.items()}
+
+
+TIMM = Dialect("timm", speaks, official)
