@@ -29,23 +29,25 @@ def stages(*words: str) -> Callable[[State], bool]:
     return lambda state: has(*words)(state) and not has("layers.0.downsample.")(state)
 
 
-SIGNATURES = {  # of timm's modules: keys that only their models have
+SIGNATURES = {  # of timm's modules: keys that only their models have, the special before the general
     "swin_transformer": stages("layers.0.blocks.0.attn.relative_position_bias_table", "layers.1.downsample."),
     "swin_transformer_v2": stages("layers.0.blocks.0.attn.logit_scale", "layers.1.downsample.", "attn.cpb_mlp."),
+    "edgenext": has("stages.0.blocks.0.conv_dw.", ".xca."),
     "convnext": has("stages.0.blocks.0.conv_dw."),
     "hiera": has("blocks.0.mlp.fc1.", "head.norm.", "patch_embed.proj."),
     "pvt_v2": has("stages.0.blocks.0.attn.kv.", "patch_embed.proj."),
-    "resnet": has("layer1.0.conv1.weight", "bn1.running_mean"),
+    "resnet": has("layer1.0.conv1.weight", "bn1.weight"),
     "mvitv2": has("stages.0.blocks.0.attn.norm_q.", "patch_embed.proj."),
-    "davit": has("stages.0.blocks.0.0.", "stem.conv."),
+    "davit": has("stages.0.blocks.0.", ".cpe1.", "stem.conv."),
     "focalnet": has("layers.0.blocks.0.modulation.f."),
-    "maxxvit": has("stages.0.blocks.0.", "stem.conv1.", "stages.2.blocks.0."),
-    "regnet": has("s1.b1.conv1.conv.weight"),
-    "nest": has("levels.0.transformer_encoder.0."),
-    "metaformer": has("stages.0.blocks.0.token_mixer."),
+    "maxxvit": has("stages.0.blocks.0.conv", "stem.conv1."),
+    "regnet": has("s1.b1."),
     "inception_next": has("stages.0.blocks.0.token_mixer.dwconv_hw."),
-    "edgenext": has("stages.0.blocks.0.conv_dw.", "stages.1.blocks.0.convs."),
-    "gcvit": has("stages.0.blocks.0.attn.rel_pos."),
+}
+NARROW: dict[str, Callable[[State, str], bool]] = {  # whether a name may be a state's, where a module has many
+    "convnext": lambda state, name: has(".grn.")(state) == name.startswith("convnextv2"),
+    "maxxvit": lambda state, name: has(".attn_block.")(state) != name.startswith("coat"),
+    "resnet": lambda state, name: all(abs(int(n) - layers(state)) < 4 for n in re.findall(r"^[a-z]+(\d+)", name)),
 }
 CONVNEXT = (  # timm's, official
     (r"^stem\.", "downsample_layers.0."),
@@ -141,12 +143,17 @@ def place(name: str, state: State) -> str | None:
 
 def our_key(key: str, stem: str) -> str | None:
     """Our key for one of timm's, given where its stem is; None if it is not the encoder's."""
-    if key.startswith(HEAD) or key.endswith(DERIVED):
+    if after_encoder(key) or key.endswith(DERIVED):
         return None
     if not stem:
         key = re.sub(TABLE, table_name, key)
         return key if key.startswith("tables.") else f"vit.{key}"
     return f"stem.{key.removeprefix(f'{stem}.')}" if key.startswith(f"{stem}.") else f"backbone.{key}"
+
+
+def after_encoder(key: str) -> bool:
+    """Whether one of timm's keys is of what comes after an encoder."""
+    return key.startswith(HEAD)
 
 
 def module_of(state: State) -> str:
@@ -159,17 +166,12 @@ def architectures(state: State) -> list[str]:
     module = module_of(state)
     if not module:
         return []
-    names = timm.list_models(module=module)
-    if module == "resnet":  # there are many, and most tell their depth
-        blocks = count_blocks(state)
-        names = [name for name in names if re.search(rf"(?<!\d){blocks}(?!\d)", name) or not re.search(r"\d\d", name)]
-    if module == "maxxvit":
-        names = [name for name in names if name.startswith("coat") != has("attn_block.")(state)]
-    return [name for name in names if fits(state, outline(name))]
+    may_be = NARROW.get(module, lambda state, name: True)
+    return [name for name in timm.list_models(module=module) if may_be(state, name) and fits(state, outline(name))]
 
 
-def count_blocks(state: State) -> int:
-    """The layers of a ResNet, as its name counts them."""
+def layers(state: State) -> int:
+    """The layers of a ResNet, about as its name counts them."""
     blocks = sum(count(state, rf"layer{i}\.(\d+)\.") for i in range(1, 5))
     return 2 + blocks * (3 if "layer1.0.conv3.weight" in state else 2)
 
@@ -179,7 +181,7 @@ def fits(state: State, like: State) -> bool:
     wrong = [
         key
         for key in state.keys() | like.keys()
-        if not key.startswith(HEAD)
+        if not after_encoder(key)
         and not key.endswith(DERIVED)
         and (key not in state or key not in like or state[key].shape != like[key].shape)
     ]
@@ -195,12 +197,12 @@ def only_channels(state: State, like: State, key: str) -> bool:
 
 def speaks(state: State) -> bool:
     """Whether a state is a Swin's or a ConvNeXt's of timm, of whatever size."""
-    return any(SIGNATURES[module](state) for module in ("swin_transformer", "swin_transformer_v2", "convnext"))
+    return module_of(state) in ("swin_transformer", "swin_transformer_v2", "convnext")
 
 
 def official(state: State) -> State:
     """timm's tensors of a Swin or a ConvNeXt by official keys, from which sizes are read."""
-    if SIGNATURES["convnext"](state):
+    if module_of(state) == "convnext":
         return {substitute(CONVNEXT, key): value for key, value in state.items()}
     earlier = partial(re.sub, r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample")
     return {earlier(key): value for key, value in state.items()}
