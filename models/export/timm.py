@@ -21,18 +21,33 @@ from torch import Tensor, nn
 from models.encoders.encoder import Encoder
 from models.encoders.grid import Features
 from models.encoders.released.timm import CONFIG, after_encoder, our_key, outline, place
+from models.export.renamed import module_of
 
 if TYPE_CHECKING:
     from models.export.formats import Facts
 
 FILE = "model.safetensors"
+USE = """\
+import timm
+import torch
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+images = torch.rand(1, {channels}, {height}, {width})  # in [0, 1]
+features = model.forward_features((images - mean) / std)
+"""
 OURS = ("taps", "position", "init", "final_norm", "drop_last", "layer_groups", "grn")  # arguments that timm has not
-NORMS = (
+ANY_SIZE = {  # what makes timm's models take other sizes than their own
+    **dict.fromkeys(("swin_transformer", "swin_transformer_v2"), {"strict_img_size": False}),
+    **dict.fromkeys(("vision_transformer", "deit", "eva"), {"dynamic_img_size": True}),
+}
+NORMS = (  # what decides where timm norms last
     {},
     {"global_pool": "token"},
     {"global_pool": "avg"},
+    {"global_pool": "avg", "use_fc_norm": True},
     {"global_pool": ""},
-)  # what decides where timm norms last
+)
 
 
 def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
@@ -92,6 +107,7 @@ def architecture(encoder: Encoder) -> tuple[str, dict]:
     if not timm.is_model(name):
         raise ValueError(f"timm has no {name}; safetensors and onnx take it")
     args = {key: value for key, value in own.items() if key not in OURS and value is not None}
+    args |= ANY_SIZE.get(module_of(name), {})
     if own.get("drop_last"):
         args |= shortened(encoder)
     if encoder.in_chans != 3:
@@ -105,12 +121,13 @@ def architecture(encoder: Encoder) -> tuple[str, dict]:
         told = {"num_classes": 0} | args | norms
         try:
             like = outline(name, **told)
-        except (TypeError, AssertionError):  # this family has no such choice
+        except (TypeError, AssertionError, IndexError):  # this family has no such choice, or wants all stages
             continue
         stem = place(name, like)
         if {our_key(key, stem) for key in like if not after_encoder(key)} == wanted:
             return name, told
-    raise ValueError(f"no {name} of timm has the tensors of this encoder; safetensors and onnx take it")
+    why = " without its last stages (drop_last)" if own.get("drop_last") else ""
+    raise ValueError(f"timm has no {name}{why} with the tensors of this encoder; safetensors and onnx take it")
 
 
 def shortened(encoder: Encoder) -> dict:
