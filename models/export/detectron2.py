@@ -73,6 +73,8 @@ def read(folder: Path, encoder: Encoder) -> Callable[[Tensor], Features]:
     file = torch.load(folder / FILE, weights_only=True)["model"]
     names, has, _ = KINDS[module_of(encoder.plan["name"])]
     back = {rename(key, names): key for key in encoder.state_dict() if re.fullmatch(has, key)}
+    if back.keys() != file.keys():
+        raise ValueError(f"{sorted(back.keys() ^ file.keys())[:3]} missing or unknown")
     again = copy.deepcopy(encoder).eval()
     again.load_state_dict({back[key]: value for key, value in file.items()}, strict=False)
     return torch.no_grad()(again)
@@ -88,5 +90,7 @@ def spell(encoder: Encoder) -> tuple[dict[str, Tensor], list[str]]:
     if unknown:
         raise ValueError(f"detectron2 has no {name}: its nearest backbone does not know {unknown[0]}")
     taken = {key: value for key, value in state.items() if re.fullmatch(has, key)}
+    if len({len(value) for key, value in taken.items() if key.endswith("_bias_table")}) > 1:
+        raise ValueError(f"detectron2's swin has one window size, and this {name} has several")
     left = [key for key in state if key not in taken and not key.endswith(".num_batches_tracked")]
     return renamed(taken, names), left

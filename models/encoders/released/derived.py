@@ -9,6 +9,7 @@ from timm.models import beit
 from timm.models.swin_transformer import get_relative_position_index
 
 from models.encoders.released.common import MIXMIM_GRID, State, is_sincos
+from models.encoders.released.swin import coordinates, pretrained_window
 
 
 def check_derived(state: State) -> None:
@@ -22,6 +23,9 @@ def check_derived(state: State) -> None:
             same = value.shape == ours.shape and torch.equal(value, ours)
         elif key.endswith("attn_mask"):
             same = torch.equal(value.float(), shifted_mask(math.isqrt(len(value)), math.isqrt(value.shape[1])))
+        elif key.endswith("relative_coords_table"):
+            window, before = (value.shape[1] + 1) // 2, pretrained_window(value)
+            same = torch.allclose(value.float(), coordinates(window, before), atol=1e-3)
         elif key.endswith("absolute_pos_embed"):
             same = is_sincos(value) or is_sincos(value, MIXMIM_GRID)
         else:

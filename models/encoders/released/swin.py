@@ -6,6 +6,7 @@ import math
 import re
 
 import timm
+import torch
 from torch import Tensor
 
 from models.encoders.released.common import DERIVED, OTHERS, State, count, window_of
@@ -62,6 +63,13 @@ def pretrained_window(table: Tensor) -> int:
     return round(1 + 8 * (window - 1) / (8**most - 1)) if most > 0 else 0
 
 
+def coordinates(window: int, before: int) -> Tensor:
+    """SwinV2's table of offsets in a window, on the scale of one of `before`: (1, 2 window - 1, 2 window - 1, 2)."""
+    along = torch.arange(1.0 - window, window) * 8 / max(before - 1, 1)
+    along = along.sign() * (along.abs() + 1).log2() / 3
+    return torch.stack(torch.meshgrid(along, along, indexing="ij"), -1)[None]
+
+
 def sizes(state: State) -> dict:
     """What tensors tell of any Swin."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -79,10 +87,10 @@ def size_name(args: dict) -> str:
 
 
 def image_size(state: State, windows: list[int], patch: int) -> dict:
-    """The image size, where it shows: in attention masks, or in windows that had to shrink."""
+    """The image size: it shows in attention masks and in windows that had to shrink; else where none has to."""
     sides = [math.isqrt(len(m)) * windows[i] * 2**i for i in range(len(windows)) for m in masks(state, i)]
-    sides += [w * 2**i for i, w in enumerate(windows) if w < windows[0]]
-    return {"img_size": sides[0] * patch} if sides else {}
+    sides += [w * 2**i for i, w in enumerate(windows) if w < windows[0]] + [windows[-1] * 2 ** (len(windows) - 1)]
+    return {"img_size": sides[0] * patch}
 
 
 def masks(state: State, stage: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import timm
@@ -47,6 +47,7 @@ SIGNATURES = {  # of timm's modules: keys that only their models have, the speci
 NARROW: dict[str, Callable[[State, str], bool]] = {  # whether a name may be a state's, where a module has many
     "convnext": lambda state, name: has(".grn.")(state) == name.startswith("convnextv2"),
     "maxxvit": lambda state, name: has(".attn_block.")(state) != name.startswith("coat"),
+    "regnet": lambda state, name: has(".se.")(state) != name.startswith("regnetx"),
     "resnet": lambda state, name: all(abs(int(n) - layers(state)) < 4 for n in re.findall(r"^[a-z]+(\d+)", name)),
 }
 CONVNEXT = (  # timm's, official
@@ -69,6 +70,12 @@ class Shapes(TorchFunctionMode):
         if name.endswith("_") and name not in ("requires_grad_", "apply_") and not name.startswith("__"):
             return args[0] if args else (kwargs or {}).get("tensor")
         return func(*args, **(kwargs or {}))
+
+
+@cache
+def shapes(name: str) -> State:
+    """The tensors of one of timm's architectures as it is, on the meta device."""
+    return outline(name)
 
 
 def outline(name: str, **args) -> State:
@@ -104,7 +111,7 @@ def native(state: State, config: dict, path: Path, name: str = "") -> tuple[Fami
     elif taken and module_of(state):
         norm = {}
     else:
-        fitting = sorted(architectures(state), key=lambda fit: (fit not in str(path), *rank(fit, path)))
+        fitting = sorted(architectures(state, str(path)), key=lambda name: (len(name), name))
         if not fitting:
             return None
         taken, *others = fitting
@@ -116,11 +123,6 @@ def native(state: State, config: dict, path: Path, name: str = "") -> tuple[Fami
     norm = {key: norm.get(key) or getattr(default, key, None) for key in ("mean", "std")}
     describe = partial(describe_timm, name=taken, args=args, remarks=remarks)
     return Family("timm", has(), partial(our_key, stem=stem), describe), norm
-
-
-def rank(name: str, path: Path) -> tuple[int, str]:
-    """The longest name that a path bears comes first; of others, the shortest."""
-    return (-len(name) if name in str(path) else len(name)), name
 
 
 def describe_timm(state: State, name: str, args: dict, remarks: list[str]) -> tuple:
@@ -161,13 +163,18 @@ def module_of(state: State) -> str:
     return next((module for module, signed in SIGNATURES.items() if signed(state)), "")
 
 
-def architectures(state: State) -> list[str]:
-    """Those of timm's architectures that have a state's tensors, to the last one of the encoder."""
+def architectures(state: State, path: str = "") -> list[str]:
+    """Those of timm's architectures that have a state's tensors, to the last one of the encoder.
+
+    path: of the file; if it bears the name of one of them, it is that one
+    """
     module = module_of(state)
-    if not module:
-        return []
     may_be = NARROW.get(module, lambda state, name: True)
-    return [name for name in timm.list_models(module=module) if may_be(state, name) and fits(state, outline(name))]
+    names = [name for name in timm.list_models(module=module) if may_be(state, name)] if module else []
+    borne = sorted((name for name in names if name in path), key=len)[-1:]
+    return [name for name in borne if fits(state, shapes(name))] or [
+        name for name in names if fits(state, shapes(name))
+    ]
 
 
 def layers(state: State) -> int:
