@@ -20,6 +20,7 @@ from models.encoders.released.derived import shifted_mask
 from models.encoders.weights import load_encoder, load_normalization, load_state, open_weights
 from models.mim.recipes import mae, mixmim, simmim
 from models.mim.weights import load_method
+from tests.official import golden
 from tests.test_encoders import CASES, small
 
 SWIN = {"img_size": 96, "window_size": 6, "embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2)}
@@ -252,6 +253,28 @@ def test_simmim_and_mixmim_of_mmpretrain(tmp_path):
     lines = []
     same_features(mix.encoder, load_method(saved(tmp_path, state), lines.append, heads=2).encoder)
     assert "mixmim" in lines[1]
+
+
+FIXTURES = {"mae": "vit", "milan": "vit", "beit": "vit", "simmim_vit": "vit", "simmim_swin": "swin", "mixmim": "mixmim",
+            "convnextv2": "convnext"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", FIXTURES.items())
+def test_official_fixtures_come_back_from_mmpretrains_spelling(name, kind):
+    _, state, *_ = golden(name)
+    state = {key.removeprefix("encoder."): value for key, value in state.items() if not key.startswith("head.")}
+    state = {key: value for key, value in state.items() if not key.endswith("attn_mask")}
+    beside = ("decoder",) if name.startswith(("beit", "simmim")) else ("decoder", "mask_token")
+    encoder = {k: v for k, v in state.items() if not k.startswith((*beside, "lm_head."))}
+    spelled = {k: v for k, v in in_mmpretrain(encoder, kind).items() if k.startswith("backbone.")}
+    names = ((r"^decoder_norm\.", "ln1."), (r"norm(\d)\.", r"ln\1."), *MLP)
+    spelled |= {f"neck.{renamed(k, names)}": v for k, v in state.items() if k.startswith(beside)}
+    spelled |= {k.replace("lm_head.", "head.cls_head."): v for k, v in state.items() if k.startswith("lm_head.")}
+    assert mmpretrain.speaks(spelled) and not any(key in state for key in spelled)
+    back = mmpretrain.official(spelled)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    assert released.recognise(spelled)[:2] == released.recognise(state)[:2]
+    assert released.normalization(name, spelled) == released.IMAGENET  # its BEiT, too
 
 
 # timm's own

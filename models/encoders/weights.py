@@ -178,7 +178,7 @@ def translate(path: Path, kind: str, content: Content, name: str = "") -> Weight
                     "tensors: give encoder, the name of the nearest, or put timm's config.json beside it"
                 ) from error
             raise
-        norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
+        norm = released.normalization(origin, content.state)
     try:
         state = family.prepare(state)
         name, args, *remarks = family.describe(state)

@@ -87,6 +87,12 @@ NORMALIZATION = {"clip": CLIP, "open_clip": CLIP, "beit": HALF}  # of origins wh
 NAMES = tuple(dict.fromkeys([*(name for name, _ in ORIGINS), *(family.name for family in FAMILIES)]))
 
 
+def normalization(origin: str, state: State) -> dict:
+    """How the images of a checkpoint were normalised; mmpretrain pretrains BEiT on ImageNet's mean, unlike its authors."""
+    beit_of_mmpretrain = "head.cls_head.weight" in state
+    return dict(IMAGENET if beit_of_mmpretrain else NORMALIZATION.get(origin, IMAGENET))
+
+
 def recognise(state: State, name: str = "") -> tuple[str, Family, State]:
     """Who wrote a state, its family, and the state in the official spelling.
 
