@@ -88,7 +88,7 @@ NAMES = tuple(dict.fromkeys([*(name for name, _ in ORIGINS), *(family.name for f
 
 
 def normalization(origin: str, state: State) -> dict:
-    """How the images of a checkpoint were normalised; mmpretrain's BEiT learns from ImageNet's way, its authors' not."""
+    """How the images of a checkpoint were normalised; BEiT by mmpretrain as ImageNet, by its authors not."""
     beit_of_mmpretrain = "head.cls_head.weight" in state
     return dict(IMAGENET if beit_of_mmpretrain else NORMALIZATION.get(origin, IMAGENET))
 
