@@ -16,12 +16,12 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
 from models.encoders.released.common import DERIVED, State
-from models.encoders.released.config import read_config
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
 from models.encoders.released.layout import Family
 from models.encoders.released.read import Content, read
+from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
 
 
@@ -76,7 +76,7 @@ def load_encoder(
 
     ValueError in one line if the file cannot be read or does not fit.
     """
-    found = open_weights(source)
+    found = open_weights(source, changes.get("encoder", ""))
     absent = set()
     if whole and found.args.get("drop_last") and "drop_last" not in changes:
         absent = left_out(found.name, found.in_chans, found.args | changes)
@@ -130,8 +130,11 @@ def load_normalization(source: str) -> dict:
     return found.normalization
 
 
-def open_weights(source: str) -> Weights:
-    """What the file of a source says of its encoder. ValueError in one line if it is no encoder's, or not readable."""
+def open_weights(source: str, name: str = "") -> Weights:
+    """What the file of a source says of its encoder. ValueError in one line if it is no encoder's, or not readable.
+
+    name: of the architecture, if the user knows it; it counts where timm wrote the file
+    """
     kind, path = locate(source)
     content = read(path)
     if "encoder" in content.metadata:
@@ -141,7 +144,7 @@ def open_weights(source: str) -> Weights:
         own = plan["name"], plan["in_chans"], plan["args"], content.state, norm
         return Weights(path, "ours", *own, method=method)
     try:
-        return translate(path, kind, content)
+        return translate(path, kind, content, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -159,15 +162,14 @@ def locate(source: str) -> tuple[str, Path]:
     return kind, path
 
 
-def translate(path: Path, kind: str, content: Content) -> Weights:
+def translate(path: Path, kind: str, content: Content, name: str = "") -> Weights:
     """What somebody else's file says, in our keys."""
-    origin, family, state = released.recognise(content.state, kind)
+    origin, family, state, norm, guessed = identify(path, kind, content, name)
     strange = check_derived(state)
-    told, guessed = read_config(path), [] if kind else released.guessed(origin, state)
     try:
-        state = state if told and told.plain else family.prepare(state)
-        name, args = family.describe(state) if told is None else told.describe(state)
-        assumed = [] if told else family.assumes(state, args)
+        state = family.prepare(state)
+        name, args, *remarks = family.describe(state)
+        assumed = [*family.assumes(state, args), *guessed]
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
@@ -180,13 +182,29 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
-    norm = told.normalization if told else None
-    if norm is None:
-        norm, assumed = dict(released.NORMALIZATION.get(origin, released.IMAGENET)), assumed + guessed
     beside = content.beside + [f"{key}, which is not what is computed in its place" for key in strange[:1]]
-    found = Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, beside, state, family)
-    found.remarks = [f"assumed: {', '.join(assumed)}"] if assumed else []
-    return found
+    remarks += [f"assumed: {', '.join(assumed)}"] if assumed else []
+    told = ignored, beside, state, family, None, remarks
+    return Weights(path, origin, name, stem.shape[1], args, ours, norm, *told)
+
+
+def identify(path: Path, kind: str, content: Content, name: str) -> tuple[str, Family, State, dict, list[str]]:
+    """Who wrote a file, its family, its tensors in the official spelling, mean and std, and what of them is guessed."""
+    of_timm = None if kind else native(content.state, read_config(path), path, name)
+    if of_timm is not None:
+        return "timm", of_timm[0], content.state, of_timm[1], []
+    try:
+        origin, family, state = released.recognise(content.state, kind)
+    except ValueError as error:
+        module = module_of(content.state)
+        if not module or name:
+            raise
+        raise ValueError(
+            f"it is of timm's {module}, but none of the architectures there has just these tensors: give encoder, the "
+            "name of the nearest, or put timm's config.json beside it"
+        ) from error
+    guessed = [] if kind else released.guessed(origin, state)
+    return origin, family, state, released.normalization(origin, content.state), guessed
 
 
 def what(key: str) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.encoders.released import mmpretrain
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.capi import describe_capi
 from models.encoders.released.common import State, inside, tell_heads
@@ -35,7 +36,8 @@ from models.encoders.released.spark import (
     spark_convnext,
     spark_resnet,
 )
-from models.encoders.released.swin import describe_swin, swin
+from models.encoders.released.swin import describe_swin, describe_swinv2, swin
+from models.encoders.released.timm import TIMM
 from models.encoders.released.tower import describe_tower, exact, has_clip, is_larger, quick, tower, unify
 from models.encoders.released.vit import assumed_of_deit3, beit3, deit3, describe_vit, dinov2, maskfeat, vit
 
@@ -61,6 +63,7 @@ FAMILIES = (
     Family("resnet", begins("layer1.0.conv1.", "sparse_encoder.sp_cnn.layer1."), spark_resnet, describe_spark_resnet),
     Family("convnext", begins("downsample_layers.", "sparse_encoder."), spark_convnext, describe_spark_convnext),
     Family("mixmim", has("layers.0.blocks.0.", "absolute_pos_embed"), mixmim, describe_mixmim),
+    Family("swinv2", has("layers.0.blocks.0.attn.logit_scale"), swin, describe_swinv2),
     Family("swin", begins("layers.0.blocks.0."), swin, describe_swin),
     Family("beit3", begins("beit3."), vit, describe_vit, beit3, tell_heads),
     Family("dinov3", begins("storage_tokens", "backbone.storage_tokens"), eva, describe_eva, dinov3, assumed_of_eva),
@@ -81,6 +84,8 @@ FAMILIES = (
 TOWERS = ("clip", "open_clip", "slip", "dino")  # which come with a projection
 DIALECTS: tuple[Dialect, ...] = (
     Dialect("open_clip with a trunk of timm's", begins("visual.trunk."), partial(inside, prefix="visual.trunk.")),
+    Dialect("mmpretrain", mmpretrain.speaks, mmpretrain.official),
+    TIMM,
 )
 
 
@@ -138,6 +143,12 @@ GUESSED = {  # what it may be wrong about, unless a key of ORIGINS told who wrot
     "rotary": "ImageNet's mean and std",
 }
 NAMES = tuple(dict.fromkeys([*(name for name, _ in ORIGINS), *(family.name for family in FAMILIES)]))
+
+
+def normalization(origin: str, state: State) -> dict:
+    """How the images of a checkpoint were normalised; BEiT by mmpretrain as ImageNet, by its authors not."""
+    beit_of_mmpretrain = "head.cls_head.weight" in state
+    return dict(IMAGENET if beit_of_mmpretrain else NORMALIZATION.get(origin, IMAGENET))
 
 
 def recognise(state: State, name: str = "") -> tuple[str, Family, State]:

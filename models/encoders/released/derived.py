@@ -10,6 +10,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from models.encoders.released.common import MIXMIM_GRID, State, is_sincos
+from models.encoders.released.swin import coordinates, pretrained_window
 
 
 def check_derived(state: State) -> list[str]:
@@ -25,6 +26,9 @@ def check_derived(state: State) -> list[str]:
             ours = shifted_mask(math.isqrt(len(value)), math.isqrt(value.shape[1]))
             same = value.shape == ours.shape and torch.equal(value.float(), ours)
             meant = set(value.unique().tolist()) == {-100, 0}
+        elif key.endswith("relative_coords_table"):
+            ours = coordinates((value.shape[1] + 1) // 2, pretrained_window(value))
+            same, meant = torch.allclose(value.float(), ours, atol=1e-3), bool(value.any())
         elif key.endswith("absolute_pos_embed"):
             same, meant = is_sincos(value) or is_sincos(value, MIXMIM_GRID), False
         elif key == "decoder_pos_embed" and "multi_scale_fusion_heads.0.weight" not in state:  # Hiera's is learned

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models.encoders.released.common import State
 
 Rename = Callable[[str], str | None]  # our key for an official one; None if it is not the encoder's
-Describe = Callable[[State], tuple[str, dict]]  # the name and arguments with which `build_encoder` makes it
+Describe = Callable[[State], tuple]  # the name and arguments with which `build_encoder` makes it, and remarks if any
 
 
 def as_it_is(state: State) -> State:
