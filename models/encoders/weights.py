@@ -15,13 +15,17 @@ from torch import Tensor
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
+from models.encoders.released import hf
 from models.encoders.released.common import DERIVED, State
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
+from models.encoders.released.hf_config import Told, read_config
 from models.encoders.released.layout import Family
 from models.encoders.released.read import Content, read
 from models.encoders.resize import STEM, fit
+
+FILES = ("encoder.safetensors", "model.safetensors", "pytorch_model.bin")  # a folder's: ours, transformers'
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Weights:
     ignored:       how many tensors of the file are what else
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
-    method:        {"name", "args"} with which a run of ours built its method
+    method:        {"name", "args"} with which a run of ours, or what transformers wrote, builds its method
     """
 
     path: Path
@@ -150,7 +154,7 @@ def locate(source: str) -> tuple[str, Path]:
         kind, rest = "", source
     path = fetch(rest)
     if path.is_dir():
-        path = path / "encoder.safetensors"
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
         raise ValueError(f"there are no weights at {path}: give a run's folder or a checkpoint")
     return kind, path
@@ -160,9 +164,10 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     """What somebody else's file says, in our keys."""
     check_derived(content.state)
     origin, family, state = released.recognise(content.state, kind)
+    told = read_config(path.parent) if hf.speaks(content.state) else Told()
     try:
         state = family.prepare(state)
-        name, args = family.describe(state)
+        name, args = family.describe(state)[:2]
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
@@ -175,8 +180,9 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
-    norm = dict(released.NORMALIZATION.get(origin, released.IMAGENET))
-    return Weights(path, origin, name, stem.shape[1], args, ours, norm, ignored, content.beside, state, family)
+    norm = told.normalization or dict(released.NORMALIZATION.get(origin, released.IMAGENET))
+    rest = ignored, content.beside, state, family, told.method
+    return Weights(path, origin, name, stem.shape[1], args | told.args, ours, norm, *rest)
 
 
 def what(key: str) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.encoders.released import hf
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.common import State
 from models.encoders.released.hiera import describe_hiera, hiera
@@ -23,7 +24,7 @@ from models.encoders.released.spark import (
     spark_convnext,
     spark_resnet,
 )
-from models.encoders.released.swin import describe_swin, swin
+from models.encoders.released.swin import describe_swin, describe_swinv2, swin
 from models.encoders.released.tower import describe_tower, tower, unify
 from models.encoders.released.vit import describe_vit, vit
 
@@ -33,11 +34,12 @@ def changes_width(state: State) -> bool:
     return any(re.match(r"blocks\.\d+\.proj\.", key) for key in state)
 
 
-CLIP_LIKE = begins("visual.", "vision_model.", "norm_pre.", "class_embedding")
+CLIP_LIKE = begins("visual.", "norm_pre.", "class_embedding")
 FAMILIES = (
     Family("resnet", begins("layer1.0.conv1.", "sparse_encoder.sp_cnn.layer1."), spark_resnet, describe_spark_resnet),
     Family("convnext", begins("downsample_layers.", "sparse_encoder."), spark_convnext, describe_spark_convnext),
     Family("mixmim", has("layers.0.blocks.0.", "absolute_pos_embed"), mixmim, describe_mixmim),
+    Family("swinv2", has("layers.0.blocks.0.attn.logit_scale"), swin, describe_swinv2),
     Family("swin", begins("layers.0.blocks.0."), swin, describe_swin),
     Family("slip", begins("visual.cls_token"), tower, describe_tower, unify),
     Family("clip", CLIP_LIKE, tower, describe_tower, unify),
@@ -48,7 +50,7 @@ FAMILIES = (
     Family("vit", begins("blocks."), vit, describe_vit),
 )
 TOWERS = ("clip", "open_clip", "slip", "dino")  # which come with a projection
-DIALECTS: tuple[Dialect, ...] = ()
+DIALECTS: tuple[Dialect, ...] = (Dialect("transformers", hf.speaks, hf.official),)
 
 
 def guesses_on_paint(state: State) -> bool:
