@@ -28,7 +28,8 @@ def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
     ValueError in one line if transformers has no such model, saying which it has.
     """
     with quiet() as transformers:
-        name, config = describe(encoder, facts)
+        name, args = describe(encoder, facts)
+        config = getattr(transformers, f"{name}Config")(**args)
         options = {} if name.startswith("ConvNext") else {"add_pooling_layer": False}
         model = getattr(transformers, f"{name}Model")(config, **options)
         _, family, _ = released.recognise(model.state_dict())
@@ -112,18 +113,16 @@ def fill(
             theirs[key].copy_(part.reshape(theirs[key].shape))  # the model's own memory
 
 
-def describe(encoder: Encoder, facts: Facts) -> tuple[str, Any]:
-    """The architecture that holds an encoder, by its name in transformers, and its config."""
-    import transformers
-
+def describe(encoder: Encoder, facts: Facts) -> tuple[str, dict]:
+    """The architecture that holds an encoder, by its name in transformers, and the arguments of its config."""
     model = getattr(encoder, "vit", None) or getattr(encoder, "backbone", None)
     kind = type(model).__name__  # timm's
     if kind not in KINDS:
         raise ValueError(f"transformers has no {encoder.plan['name']}; it has {', '.join(KINDS)} as timm calls them")
     name, args = KINDS[kind](encoder, model)
     sides = [side * encoder.patch for side in encoder.grid] if encoder.grid else list(facts.size)
-    square = sides[0] if len(set(sides)) == 1 and name != "Hiera" else sides
-    return name, getattr(transformers, f"{name}Config")(image_size=square, num_channels=encoder.in_chans, **args)
+    square = len(set(sides)) == 1 and name != "Hiera"
+    return name, args | {"image_size": sides[0] if square else sides, "num_channels": encoder.in_chans}
 
 
 def vit(encoder: Encoder, model: nn.Module) -> tuple[str, dict]:
