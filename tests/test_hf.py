@@ -1,16 +1,22 @@
 """transformers, both ways: what it writes goes in whole and gives its features; it loads ours and gives our losses."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from timm.models.beit import gen_relative_position_index
+from timm.models.swin_transformer import get_relative_position_index
 from torch import nn
 
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
+from models.encoders.layers import sincos
+from models.encoders.released import hf as hf_keys
 from models.encoders.weights import load_encoder, load_normalization
 from models.export import hf
 from models.export.hf_method import write_method
@@ -48,6 +54,7 @@ THEIRS = {  # what transformers wrote: the class of the model and its config
     "hiera": ("HieraModel", HIERA),
     "hiera pretrained": ("HieraForPreTraining", HIERA | FUSED),
     "clip": ("CLIPVisionModel", WIDE),
+    "clip of quick gelu": ("CLIPVisionModel", WIDE | {"hidden_act": "quick_gelu"}),
     "clip with text": ("CLIPModel", TOWER),
 }
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -108,6 +115,54 @@ def test_what_transformers_wrote_goes_in_whole_and_gives_its_features(name, writ
         found = encoder(images).maps[-1]
     expected = their_map(model, images, found.shape[-2:])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("decoder", ["decoder_layers.", "decoder_encoder.layer."])  # version 4's name, and 5.24's slip
+@torch.no_grad()
+def test_a_decoder_of_transformers_goes_into_a_method(decoder, tmp_path):
+    model = their_model("mae")
+    width = model.config.decoder_hidden_size
+    model.decoder.decoder_pos_embed[:, 1:] = sincos(4, 4, width).flatten(0, 1)  # on the hub they are MAE's
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state = {re.sub(r"decoder_(?:layers|encoder\.layer)\.", decoder, key): value for key, value in state.items()}
+    assert any(f"decoder.{decoder}0.attention.attention.query." in key for key in state)
+    save_file(state, tmp_path / "model.safetensors")
+    lines = []
+    mim = load_method(str(tmp_path), log=lines.append)
+    assert "decoder 19/19 tensors" in lines[1] and mim.masker.ratio == 0.75 and mim.target.normalize
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    mim.masker = Given(hidden_by(noise, 0.75, (4, 4)), 8)
+    assert model(images, noise=noise).loss.item() == pytest.approx(mim({"image": images})["loss"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, key, side",
+    [
+        ("swin", "encoder.layers.0.blocks.1.attention.self.relative_position_index", 4),
+        ("beit", "encoder.layer.1.attention.attention.relative_position_bias.relative_position_index", 4),
+    ],
+)
+def test_buffers_of_older_files_are_known(name, key, side, tmp_path):
+    their_model(name).save_pretrained(tmp_path)
+    index = get_relative_position_index(side, side) if name == "swin" else gen_relative_position_index((side, side))
+    state, lines = load_file(tmp_path / "model.safetensors"), []
+    save_file(state | {key: index}, tmp_path / "model.safetensors")
+    load_encoder(str(tmp_path), log=lines.append)
+    assert "buffers 1" in lines[0]
+
+
+def test_dinov2_is_spelled_as_dinov2_does():
+    config = transformers.Dinov2WithRegistersConfig(**PLAIN, use_swiglu_ffn=True)
+    state = trained(transformers.Dinov2WithRegistersModel(config)).state_dict()
+    official = hf_keys.official(state)
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.w12", "mlp.w3")
+    expected = {f"blocks.{i}.{part}.{of}" for i in (0, 1) for part in block for of in ("weight", "bias")}
+    expected |= {f"blocks.{i}.ls{k}.gamma" for i in (0, 1) for k in (1, 2)}
+    expected |= {f"{part}.{of}" for part in ("norm", "patch_embed.proj") for of in ("weight", "bias")}
+    assert official.keys() == expected | {"cls_token", "pos_embed", "mask_token", "register_tokens"}
+    parts = (state[f"encoder.layer.1.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    assert torch.equal(official["blocks.1.mlp.w12.weight"], torch.cat(list(parts)))
 
 
 # without config.json, with other configs
@@ -252,7 +307,8 @@ OURS = {
 
 def facts(encoder, method=None):
     size = encoder.plan["args"].get("img_size", 64)
-    return SimpleNamespace(mean=MEAN, std=STD, size=(size, size) if isinstance(size, int) else size, method=method)
+    size = (size, size) if isinstance(size, int) else size
+    return SimpleNamespace(mean=MEAN, std=STD, size=size, method=method, notes=[])
 
 
 @pytest.mark.parametrize("in_chans", [3, 2])
@@ -275,6 +331,23 @@ def test_round_trip_is_exact_and_transformers_agrees(name, in_chans, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
     assert torch.equal(again(images).maps[-1], ours.maps[-1])
     assert load_normalization(str(tmp_path)) == {"mean": told.mean, "std": told.std}
+
+
+def test_another_size_than_the_positions_is_told(tmp_path):
+    encoder = build_encoder(OURS["vit"][0], **OURS["vit"][1])
+    told = facts(encoder)
+    told.size = (48, 32)
+    with pytest.raises(ValueError, match=r"for 32 x 32 px, not 48 x 32: load it with img_size \(48, 32\)"):
+        hf.write(encoder, told, tmp_path)
+
+
+def test_how_to_use_it_is_true(tmp_path, monkeypatch):
+    encoder = build_encoder(OURS["vit"][0], **OURS["vit"][1])
+    hf.write(encoder, facts(encoder), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    left = {}
+    exec(hf.USE.format(mean=MEAN, std=STD, channels=3, height=32, width=32), left)
+    assert left["features"].shape == (1, 17, 24)
 
 
 def test_images_are_made_as_ours(tmp_path):

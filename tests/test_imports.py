@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "models/encoders": {"models.encoders"},
+    "models/export": {"models.encoders", "models.export"},
     "models/targets": {"models.encoders", "models.targets", "util.dist"},
     "models/mim": {"models.encoders", "models.targets", "models.mim", "util.dist"},
     "models/monitor": {"models.encoders", "models.targets", "models.mim", "models.monitor", "util.dist"},

@@ -15,12 +15,11 @@ from torch import Tensor
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
-from models.encoders.released import hf
+from models.encoders.released import hf, hf_config
 from models.encoders.released.common import DERIVED, State
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
-from models.encoders.released.hf_config import Told, read_config
 from models.encoders.released.layout import Family
 from models.encoders.released.read import Content, read
 from models.encoders.resize import STEM, fit
@@ -164,7 +163,7 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     """What somebody else's file says, in our keys."""
     check_derived(content.state)
     origin, family, state = released.recognise(content.state, kind)
-    told = read_config(path.parent) if hf.speaks(content.state) else Told()
+    theirs = hf_config.read(path.parent) if hf.speaks(content.state) else hf_config.Told()
     try:
         state = family.prepare(state)
         name, args = family.describe(state)[:2]
@@ -180,9 +179,9 @@ def translate(path: Path, kind: str, content: Content) -> Weights:
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
-    norm = told.normalization or dict(released.NORMALIZATION.get(origin, released.IMAGENET))
-    rest = ignored, content.beside, state, family, told.method
-    return Weights(path, origin, name, stem.shape[1], args | told.args, ours, norm, *rest)
+    norm = theirs.normalization or dict(released.NORMALIZATION.get(origin, released.IMAGENET))
+    rest = ignored, content.beside, state, family, theirs.method
+    return Weights(path, origin, name, stem.shape[1], args | theirs.args, ours, norm, *rest)
 
 
 def what(key: str) -> str:

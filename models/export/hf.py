@@ -20,11 +20,23 @@ from models.encoders.released.hf import spell
 if TYPE_CHECKING:
     from models.export.formats import Facts
 
+BICUBIC = 3  # as Pillow counts
+AFRESH = "What transformers may have behind the encoder (a pooler, a norm after the mean over places) starts afresh."
+USE = """\
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".").eval()
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+images = torch.rand(1, {channels}, {height}, {width})  # in [0, 1]
+features = model((images - mean) / std).last_hidden_state
+"""
+
 
 def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
     """An encoder's weights, config.json and preprocessor_config.json, as transformers writes them.
 
-    What transformers' model has beside the encoder, such as a pooler, is left out or as it begins there.
+    What transformers' model has behind the encoder, such as a pooler, is not there.
     ValueError in one line if transformers has no such model, saying which it has.
     """
     with quiet() as transformers:
@@ -34,7 +46,8 @@ def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
         model = getattr(transformers, f"{name}Model")(config, **options)
         _, family, _ = released.recognise(model.state_dict())
         fill(model, encoder.state_dict(), family.rename)
-        save(model, facts, config.image_size, folder)
+        save(model, facts, folder)
+    facts.notes.append(AFRESH)
 
 
 def read(folder: Path, encoder: Encoder) -> Callable[[Tensor], Features]:
@@ -76,14 +89,14 @@ def quiet() -> Iterator[Any]:
             log.enable_progress_bar()
 
 
-def save(model: nn.Module, facts: Facts, size: int | list[int], folder: Path) -> None:
-    """Write a model, and how its images are made: resized to `size` pixels and normalised."""
+def save(model: nn.Module, facts: Facts, folder: Path) -> None:
+    """Write a model, and how its images are made: resized, by bicubic interpolation, and normalised."""
     import transformers
 
-    height, width = (size, size) if isinstance(size, int) else size
-    look = {"image_mean": list(facts.mean), "image_std": list(facts.std), "size": {"height": height, "width": width}}
+    size = dict(zip(("height", "width"), facts.size))
+    look = {"image_mean": list(facts.mean), "image_std": list(facts.std), "size": size, "resample": BICUBIC}
     model.save_pretrained(folder)
-    transformers.ViTImageProcessor(resample=3, **look).save_pretrained(folder)  # 3 is bicubic
+    transformers.ViTImageProcessor(**look).save_pretrained(folder)
 
 
 def fill(
@@ -120,9 +133,12 @@ def describe(encoder: Encoder, facts: Facts) -> tuple[str, dict]:
     if kind not in KINDS:
         raise ValueError(f"transformers has no {encoder.plan['name']}; it has {', '.join(KINDS)} as timm calls them")
     name, args = KINDS[kind](encoder, model)
-    sides = [side * encoder.patch for side in encoder.grid] if encoder.grid else list(facts.size)
-    square = len(set(sides)) == 1 and name != "Hiera"
-    return name, args | {"image_size": sides[0] if square else sides, "num_channels": encoder.in_chans}
+    (h, w), learned = facts.size, encoder.grid and tuple(side * encoder.patch for side in encoder.grid)
+    if learned not in (None, (h, w)):
+        raise ValueError(f"transformers takes images of one size: the encoder's positions are for {learned[0]} x "
+                         f"{learned[1]} px, not {h} x {w}: load it with img_size ({h}, {w})")  # fmt: skip
+    size = h if h == w and name != "Hiera" else [h, w]
+    return name, args | {"image_size": size, "num_channels": encoder.in_chans}
 
 
 def vit(encoder: Encoder, model: nn.Module) -> tuple[str, dict]:

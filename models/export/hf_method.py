@@ -33,7 +33,7 @@ def write_method(mim: Any, facts: Facts, folder: Path) -> None:
         ours = {key: value for key, value in mim.state_dict().items() if not key.startswith("target.")}
         rename = lambda key: method_key(origin, key, family.rename)
         fill(model, ours, rename, lambda key, value: in_their_order(mim, origin, key, value))
-        save(model, facts, model.config.image_size, folder)
+        save(model, facts, folder)
 
 
 def in_their_order(mim: Any, origin: str, key: str, value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quickgelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Told:
     method: dict | None = None
 
 
-def read_config(folder: Path) -> Told:
+def read(folder: Path) -> Told:
     """What the files in a folder tell of the weights there; ValueError if they want what no encoder here has."""
     config, images = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
     config = config.get("vision_config") or config  # of CLIP with its text tower
@@ -53,8 +53,8 @@ def given(args: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in args.items() if value is not None}
 
 
-def plain(config: dict, act: str = "gelu", eps: float = 1e-6) -> dict:
-    """Of a plain transformer; `act` and `eps` are what it has in timm."""
+def plain(config: dict, act: str | None = "gelu", eps: float = 1e-6) -> dict:
+    """Of a plain transformer; `act` and `eps` are what it has in timm, if one can be sure."""
     acts, own = ACTIVATIONS.get(config.get("hidden_act", "gelu")), config.get("layer_norm_eps", 1e-12)
     if acts is None:
         raise ValueError(f"config.json says hidden_act {config['hidden_act']}: there are {', '.join(ACTIVATIONS)}")
@@ -107,7 +107,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[dict], dict]]] = {  # by model_
     "beit": ({}, plain),
     "dinov2": ({}, plain),
     "dinov2_with_registers": ({}, plain),
-    "clip_vision_model": ({}, lambda config: plain(config, "quickgelu", 1e-5)),
+    "clip_vision_model": ({}, lambda config: plain(config, None, 1e-5)),
     "swin": (SWIN, swin),
     "swinv2": (SWIN, swinv2),
     "convnext": ({"hidden_act": "gelu"}, lambda config: {}),
