@@ -35,6 +35,7 @@ DECODER |= {"decoder_intermediate_size": 64, "norm_pix_loss": True}
 FUSED = {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2, "num_query_pool": 2}
 TOWER = {"vision_config": WIDE | {"hidden_act": "gelu"}}
 TOWER["text_config"] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+BEIT = {"use_shared_relative_position_bias": True, "use_mask_token": True, "vocab_size": 9}
 THEIRS = {  # what transformers wrote: the class of the model and its config
     "vit": ("ViTModel", WIDE),
     "vit classifier": ("ViTForImageClassification", WIDE),
@@ -42,7 +43,7 @@ THEIRS = {  # what transformers wrote: the class of the model and its config
     "mae encoder": ("ViTMAEModel", WIDE),
     "beit": ("BeitModel", WIDE | {"use_relative_position_bias": True}),
     "beit to the class": ("BeitModel", WIDE | {"use_shared_relative_position_bias": True, "use_mean_pooling": False}),
-    "beit pretrained": ("BeitForMaskedImageModeling", WIDE | {"use_mask_token": True, "vocab_size": 9}),
+    "beit pretrained": ("BeitForMaskedImageModeling", WIDE | BEIT),
     "swin": ("SwinModel", SWIN),
     "swin classifier": ("SwinForImageClassification", SWIN),
     "simmim": ("SwinForMaskedImageModeling", SWIN),
@@ -201,7 +202,7 @@ def test_a_config_that_wants_what_is_not_here_is_refused(name, change, message, 
 
 
 def test_two_final_norms_are_one_too_many(tmp_path):
-    config = transformers.BeitConfig(**WIDE, use_mask_token=True, vocab_size=9, use_mean_pooling=False)
+    config = transformers.BeitConfig(**WIDE, **BEIT, use_mean_pooling=False)
     trained(transformers.BeitForMaskedImageModeling(config)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="beit.layernorm.bias and layernorm.bias would both be norm.bias"):
         load_encoder(str(tmp_path))

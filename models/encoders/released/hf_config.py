@@ -66,6 +66,10 @@ def plain(config: dict, act: str | None = "gelu", eps: float = 1e-6) -> dict:
     }
 
 
+def vit(config: dict) -> dict:
+    return plain(config) | {"no_embed_class": False}  # the class token has a position, however many places there are
+
+
 def swin(config: dict) -> dict:
     return {"img_size": config.get("image_size"), "window_size": config.get("window_size")}
 
@@ -102,8 +106,8 @@ SWIN = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_absolute_embeddings":
 HIERA = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "embed_dim_multiplier": 2.0, "patch_size": [7, 7]}
 HIERA |= {"patch_stride": [4, 4], "patch_padding": [3, 3], "query_stride": [2, 2]}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[dict], dict]]] = {  # by model_type: what it must be, what it tells
-    "vit": ({}, plain),
-    "vit_mae": ({}, plain),
+    "vit": ({}, vit),
+    "vit_mae": ({}, vit),
     "beit": ({}, plain),
     "dinov2": ({}, plain),
     "dinov2_with_registers": ({}, plain),
