@@ -47,14 +47,11 @@ def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | 
     family, sizes = OWN.get(name) or (encoder_class(name), {"name": name})
     sized = {} if img_size is None else {"img_size": img_size}
     try:
-        try:
-            encoder = family(in_chans=in_chans, **sizes | sized | args)
-        except TypeError as error:
-            if "'img_size'" not in str(error):
-                raise
-            encoder = family(in_chans=in_chans, **sizes | args)  # this family asks for no size
+        encoder = family(in_chans=in_chans, **sizes | sized | args)
     except (TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
         unknown = str(error).rpartition("unexpected keyword argument ")[2].strip("'\"")
+        if unknown == "img_size" and sized:  # this family asks for no size
+            return build_encoder(name, in_chans, **args)
         if unknown in args:
             raise ValueError(unknown_argument(name, unknown)) from error
         if not str(error):  # a bare assertion: where it stands says more

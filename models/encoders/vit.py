@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import timm
 import torch
@@ -27,19 +28,22 @@ class ViT(Encoder):
     init:       "timm", or "xavier" as MAE's code does
     drop_last:  blocks left out at the end; the rest is as in the whole encoder
     final_norm: without it the maps come straight from the blocks (mean pooling in fine-tuning norms after the mean)
+    norm_eps:   of all layer norms, where it is not the architecture's
     """
 
     skips = True
 
     def __init__(self, name: str, in_chans: int = 3, taps: Sequence[int] = (-1,), position: str = "learned",
-                 init: str = "timm", final_norm: bool = True, drop_last: int = 0, **timm_args):  # fmt: skip
+                 init: str = "timm", final_norm: bool = True, norm_eps: float | None = None, drop_last: int = 0,
+                 **timm_args):  # fmt: skip
         super().__init__()
         if position not in ("learned", "sincos") or init not in ("timm", "xavier"):
             raise ValueError(f'position "{position}" is not learned or sincos, or init "{init}" not timm or xavier')
         if not model_entrypoint(name).__module__.endswith(".beit"):
             timm_args = {"dynamic_img_size": True, **timm_args}  # rotary angles are then made for any grid
+        norms = {} if norm_eps is None else {"norm_layer": partial(nn.LayerNorm, eps=norm_eps)}
         pool = "token" if "_distilled_" in name else ""  # without pooling, timm leaves nothing after the final norm
-        timm_args = {"num_classes": 0, "global_pool": pool} | timm_args
+        timm_args = {"num_classes": 0, "global_pool": pool} | norms | timm_args
         self.vit = vit = timm.create_model(name, in_chans=in_chans, **timm_args)
         shorten(vit, drop_last)
         self.in_chans, self.width, self.normed = in_chans, vit.embed_dim, final_norm

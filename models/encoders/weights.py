@@ -15,6 +15,7 @@ from torch import Tensor
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.encoder import Encoder
+from models.encoders.released import hf, hf_config
 from models.encoders.released.common import DERIVED, State
 from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
@@ -23,6 +24,8 @@ from models.encoders.released.layout import Family
 from models.encoders.released.read import Content, read
 from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
+
+FILES = ("encoder.safetensors", "model.safetensors", "pytorch_model.bin")  # a folder's: ours, transformers'
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Weights:
     ignored:       how many tensors of the file are what else
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
-    method:        {"name", "args"} with which a run of ours built its method
+    method:        {"name", "args"} with which a run of ours, or what transformers wrote, builds its method
     remarks:       what was taken for granted, since the file does not tell it
     """
 
@@ -156,7 +159,7 @@ def locate(source: str) -> tuple[str, Path]:
         kind, rest = "", source
     path = fetch(rest)
     if path.is_dir():
-        path = path / "encoder.safetensors"
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
         raise ValueError(f"there are no weights at {path}: give a run's folder or a checkpoint")
     return kind, path
@@ -165,11 +168,12 @@ def locate(source: str) -> tuple[str, Path]:
 def translate(path: Path, kind: str, content: Content, name: str = "") -> Weights:
     """What somebody else's file says, in our keys."""
     origin, family, state, norm, guessed = identify(path, kind, content, name)
+    theirs = hf_config.read(path.parent) if hf.speaks(content.state) else hf_config.Told()
     strange = check_derived(state)
     try:
         state = family.prepare(state)
         name, args, *remarks = family.describe(state)
-        assumed = [*family.assumes(state, args), *guessed]
+        assumed = [] if theirs.args else family.assumes(state, args)
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
     ours, ignored = {}, Counter()
@@ -182,10 +186,11 @@ def translate(path: Path, kind: str, content: Content, name: str = "") -> Weight
     stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
+    norm, guessed = theirs.normalization or norm, [] if theirs.normalization else guessed
     beside = content.beside + [f"{key}, which is not what is computed in its place" for key in strange[:1]]
-    remarks += [f"assumed: {', '.join(assumed)}"] if assumed else []
-    told = ignored, beside, state, family, None, remarks
-    return Weights(path, origin, name, stem.shape[1], args, ours, norm, *told)
+    remarks += [f"assumed: {', '.join(assumed + guessed)}"] if assumed + guessed else []
+    told = ignored, beside, state, family, theirs.method, remarks
+    return Weights(path, origin, name, stem.shape[1], args | theirs.args, ours, norm, *told)
 
 
 def identify(path: Path, kind: str, content: Content, name: str) -> tuple[str, Family, State, dict, list[str]]:

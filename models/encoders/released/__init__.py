@@ -12,7 +12,7 @@ from functools import partial
 
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from models.encoders.released import mmpretrain
+from models.encoders.released import hf, mmpretrain
 from models.encoders.released.beit import describe_simmim_vit, simmim_vit
 from models.encoders.released.capi import describe_capi
 from models.encoders.released.common import State, inside, tell_heads
@@ -84,6 +84,7 @@ FAMILIES = (
 TOWERS = ("clip", "open_clip", "slip", "dino")  # which come with a projection
 DIALECTS: tuple[Dialect, ...] = (
     Dialect("open_clip with a trunk of timm's", begins("visual.trunk."), partial(inside, prefix="visual.trunk.")),
+    Dialect("transformers", hf.speaks, hf.official),
     Dialect("mmpretrain", mmpretrain.speaks, mmpretrain.official),
     TIMM,
 )

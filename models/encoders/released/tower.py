@@ -1,11 +1,11 @@
-"""Image towers: CLIP as OpenAI, open_clip, MILAN, transformers and timm name its parts, SLIP and DINO."""
+"""Image towers: CLIP as OpenAI, open_clip, MILAN and timm name its parts, SLIP and DINO."""
 
 from __future__ import annotations
 
 import re
 
 from models.encoders.released.common import OTHERS, State, tell_heads
-from models.encoders.released.vit import describe_vit, fuse
+from models.encoders.released.vit import describe_vit
 
 CLIP = (  # of OpenAI, open_clip and MILAN; timm's
     (r"^class_embedding$", "cls_token"),
@@ -20,19 +20,8 @@ CLIP = (  # of OpenAI, open_clip and MILAN; timm's
     (r"\.c_fc\.", ".fc1."),
     (r"\.c_proj\.", ".fc2."),
 )
-TRANSFORMERS = (
-    (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^pre_layrnorm\.", "norm_pre."),
-    (r"^post_layernorm\.", "norm."),
-    (r"^encoder\.layers\.", "blocks."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-    (r"\.self_attn\.", ".attn."),
-)
-PREFIXES = ("vision_model.", "visual.", "backbone.")  # of the tower, where a file holds more
-NOT_THE_TOWERS = ("embeddings.position_ids", "head.mlp.", "head.last_layer.")  # a buffer; DINO's head
+PREFIXES = ("visual.", "backbone.")  # of the tower, where a file holds more
+NOT_THE_TOWERS = ("head.mlp.", "head.last_layer.")  # the head that DINO learned with
 PROJECTIONS = {"proj": True, "image_projection": True, "visual_projection.weight": False}  # whether (in, out)
 OPENAI = (768, 1024)  # widths of the towers that OpenAI released
 
@@ -43,7 +32,7 @@ def unify(state: State) -> State:
     KeyError names what is missing.
     """
     prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), "")
-    names = TRANSFORMERS if prefix == "vision_model." else CLIP if f"{prefix}class_embedding" in state else ()
+    names = CLIP if f"{prefix}class_embedding" in state else ()
     ours = {}
     for key, value in state.items():
         bare = key.removeprefix(prefix)
@@ -55,8 +44,6 @@ def unify(state: State) -> State:
             ours[bare] = value
         else:
             ours[f"{'dino_head' if prefix in ('', 'backbone.') else 'text'}.{key}"] = value
-    if names is TRANSFORMERS:
-        ours = fuse(ours)
     if names:
         ours |= {"pos_embed": ours["pos_embed"][None], "cls_token": ours["cls_token"][None, None]}
     return ours
