@@ -63,7 +63,7 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        a file or run folder of ours, or anybody's checkpoint: a path, a URL, "hf:owner/name", "timm:name"
-                   or a short name of `released.RELEASES`. The file tells what it is and how large; "mae:PATH", or
+                   or a short name of docs/weights.md. The file tells what it is and how large; "mae:PATH", or
                    another of `released.NAMES` before the path, insists on it
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
