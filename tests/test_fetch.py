@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 import resource
@@ -322,6 +323,22 @@ def test_two_processes_fetch_once(server, cache):
     assert len(server.bodies()) == 1 and left(cache) == [cache / "a.pth"]
 
 
+def test_a_terminal_sees_how_far_it_is(server, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    fetch(f"{server.url}/plain/a.pth?1")
+    assert not screen.getvalue()
+    screen.isatty = lambda: True
+    fetch(f"{server.url}/plain/a.pth?2")
+    assert "a-" in screen.getvalue() and "%" in screen.getvalue() and "1.02M" in screen.getvalue()
+
+
+def test_an_empty_file_is_none(server, cache):
+    server.files["a.pth"] = b""
+    refused(lambda: fetch(f"{server.url}/whole/a.pth"), "it is empty there")
+    assert not left(cache)
+
+
 def test_the_cache_is_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MIM_CACHE", "~/mine")
@@ -432,10 +449,8 @@ def test_a_release_of_a_hub(hub, monkeypatch):
 
 
 def test_an_unknown_release_is_answered_with_the_nearest():
-    refused(
-        lambda: fetch("mae_vit_bse"), '"mae_vit_bse"', "mae_vit_base", "python -m models.encoders.released.releases"
-    )
-    refused(lambda: fetch("qqqqqq"), "there is no file, folder or release")
+    refused(lambda: fetch("mae_vit_bse"), "mae_vit_bse", "mae_vit_base", "python -m models.encoders.released.releases")
+    refused(lambda: fetch("qqqqqq"), "there are no weights at qqqqqq")
 
 
 def test_releases_are_well_formed():

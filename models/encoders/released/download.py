@@ -68,6 +68,8 @@ def download(url: str, path: Path, digest: str = "", size: int | None = None) ->
         answer = ask(at)  # before the lock, so that of many processes without network none waits for another
         if size is not None and answer.size not in (None, size):
             raise Unfetched(f"it has {answer.size:,} bytes there, but {size:,} when it was released")
+        if answer.size == 0:
+            raise Unfetched("it is empty there")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(beside(path, "lock")):
             if not path.is_file():
@@ -80,7 +82,8 @@ def download(url: str, path: Path, digest: str = "", size: int | None = None) ->
     except Unfetched as error:
         raise ValueError(f"{url} cannot be fetched: {error}; save it as {path}") from error
     except OSError as error:
-        raise ValueError(f"{url} cannot be kept in {path}: {error.strerror}; MIM_CACHE names another folder") from error
+        reason = error.strerror or error
+        raise ValueError(f"{url} cannot be kept in {path}: {reason}; MIM_CACHE names another folder") from error
     return path
 
 
@@ -98,7 +101,7 @@ def ask(url: str, headers: Headers | None = None) -> Answer:
                 raise Unfetched("a web page answers, perhaps with a question for a person")
             parts, total = response.status == 206, response.headers["Content-Length"]
             if parts:
-                total = response.headers["Content-Range"].rpartition("/")[2]
+                total = (response.headers["Content-Range"] or "").rpartition("/")[2]
             tag = response.headers["ETag"] or response.headers["Last-Modified"] or ""
     except BROKEN as error:
         raise Unfetched(why(error), getattr(error, "code", None)) from error
@@ -128,9 +131,8 @@ def receive(url: str, part: Path, answer: Answer) -> None:
             kept = lasting and have < answer.size
             if not kept:
                 part.unlink(missing_ok=True)
-            raise Unfetched(
-                f"{have:,} of {answer.size or 0:,} bytes came{broken}; " + ("they are kept" if kept else "removed")
-            )
+            whole = f" of {answer.size:,}" if answer.size else ""
+            raise Unfetched(f"{have:,}{whole} bytes came{broken}; " + ("they are kept" if kept else "removed"))
 
 
 def copy(url: str, part: Path, have: int, answer: Answer) -> None:

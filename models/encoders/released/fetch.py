@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import timm
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from models.encoders.released.download import Unfetched, ask, download
 from models.encoders.released.releases import RELEASES
@@ -50,7 +50,7 @@ def release(name: str) -> Path:
     if name not in RELEASES:
         near = difflib.get_close_matches(name, RELEASES, n=3, cutoff=0.5)
         raise ValueError(
-            f'there is no file, folder or release called "{name}"; '
+            f"there are no weights at {name}, and no release is called so; "
             + (f"the nearest releases are {', '.join(near)}; " if near else "")
             + "python -m models.encoders.released.releases lists them"
         )
@@ -123,15 +123,21 @@ def exists(url: str) -> bool:
 
 def from_timm(name: str) -> Path:
     """The file of a model of timm's."""
-    if not timm.models.is_model_pretrained(name):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
-        raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near) or "none"}')
-    facts = get_pretrained_cfg(name)
+    facts = pretrained(name)
     if facts.file:
         return Path(facts.file)
     if facts.hf_hub_id:
         return from_hub(f"{facts.hf_hub_id}/{facts.hf_hub_filename}" if facts.hf_hub_filename else facts.hf_hub_id)
     return from_url(facts.url)
+
+
+def pretrained(name: str) -> PretrainedCfg:
+    """What timm knows of the weights of a name. ValueError with the nearest names if it knows none."""
+    if timm.models.is_model_pretrained(name):
+        return get_pretrained_cfg(name)
+    known = timm.list_models(pretrained=True)
+    near = [other for other in known if name in other] or difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near[:3])}')
 
 
 def cache() -> Path:
