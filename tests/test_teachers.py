@@ -181,12 +181,12 @@ HUB = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
 
 
 def test_a_model_of_the_hub_may_lie_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("MIM_CACHE", str(tmp_path))
     torch.manual_seed(0)
     theirs = timm.create_model(HUB).eval()
-    place = tmp_path / "hub" / "checkpoints"
+    place = tmp_path / "huggingface" / "timm" / HUB
     place.mkdir(parents=True)
-    save_file(theirs.state_dict(), place / f"{HUB}.safetensors")
+    save_file(theirs.state_dict(), place / "model.safetensors")
     tower, images = exact(f"timm:{HUB}"), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         wanted = theirs.head(theirs.forward_features(images))
@@ -196,11 +196,11 @@ def test_a_model_of_the_hub_may_lie_on_disk(tmp_path, monkeypatch):
 
 
 def test_without_network_one_line_says_which_file_to_put_where(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("MIM_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = "vit_small_patch16_224.dino"
-    with pytest.raises(ValueError, match=rf"put model.safetensors of timm/{name} in .*/{name}.safetensors") as error:
+    with pytest.raises(ValueError, match=rf"save .*/timm/{name}/.* as .*/timm/{name}/model.safetensors") as error:
         load_teacher(f"timm:{name}")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 

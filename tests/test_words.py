@@ -4,14 +4,11 @@ import re
 from inspect import signature
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 
 from models.encoders.build import build_encoder
 from models.mim.head import Decoder
 from models.mim.recipes import METHODS, fastmim, mae
-from models.targets import load
 from models.targets.load import load_teacher
 from models.targets.target import Pixels
 from models.targets.tokenizers import find, load_tokenizer
@@ -100,43 +97,6 @@ def test_heads_that_no_tensor_tells(tmp_path):
 def test_names_of_the_hub_are_answered_with_the_nearest():
     assert "the nearest are eva02_base_patch14_224" in said(load_teacher, "timm:eva02")
     assert re.search("the nearest are .+, .+, .+", said(load_teacher, "timm:zzzqqq"))
-
-
-class NoNetwork:
-    """A session that counts how often it is asked, and says what one says where no name is known."""
-
-    def __init__(self):
-        self.asked = []
-
-    def head(self, url, timeout):
-        self.asked.append(timeout)
-        raise OSError("[Errno -2] Name or service not known")
-
-
-def test_the_hub_is_asked_once_where_there_is_no_network(tmp_path, monkeypatch):
-    session, name = NoNetwork(), "vit_small_patch16_224.dino"
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(load, "get_session", lambda: session)
-    monkeypatch.setattr(load, "build_encoder", None)  # not reached
-    words = said(load_teacher, f"timm:{name}")
-    assert "put model.safetensors of timm/vit_small" in words and "service not known" in words
-    assert len(session.asked) == 1 and session.asked[0] <= 10
-
-
-def test_what_the_hub_has_fetched_before_needs_no_network(tmp_path, monkeypatch):
-    name, session = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", NoNetwork()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(load, "get_session", lambda: session)
-    repository = tmp_path / f"models--timm--{name}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    (repository / "snapshots" / "abc").mkdir(parents=True)
-    theirs = timm.create_model(name)
-    save_file(theirs.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
-    tower = load_teacher(f"timm:{name}", torch.float32)
-    assert torch.equal(tower.parts[0].vit.cls_token, theirs.cls_token) and not session.asked
 
 
 # encoders

@@ -175,7 +175,8 @@ class Finetune:
     """What a pretrained encoder is for.
 
     Args:
-        weights: encoder.safetensors of a run, a released checkpoint as SOURCE:FILE, or none to start from scratch
+        weights: a run's folder, a file of whoever wrote it, a URL, hf:owner/name, timm:name, a release such as
+            mae_vit_base (docs/weights.md), or none to start from scratch
         task: finetune, linear or knn, and its arguments
         encoder: what to build where weights is none
         changes: arguments of the encoder that differ in this run, such as drop_path_rate, or final_norm of a ViT

@@ -25,8 +25,6 @@ from models.encoders.released.read import Content, read
 from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
 
-FILES = ("encoder.safetensors", "model.safetensors", "pytorch_model.bin")  # a folder's: ours, transformers'
-
 
 @dataclass
 class Weights:
@@ -69,7 +67,7 @@ def load_encoder(
     """The encoder of a file, with its weights, in evaluation mode.
 
     source:        a file or run folder of ours, or anybody's checkpoint: a path, a URL, "hf:owner/name", "timm:name"
-                   or a short name of `released.RELEASES`. The file tells what it is and how large; "mae:PATH", or
+                   or a short name of docs/weights.md. The file tells what it is and how large; "mae:PATH", or
                    another of `released.NAMES` before the path, insists on it
     allow_partial: load what fits, instead of refusing a file that does not hold all of the encoder
     log:           receives one line on what was read, resized and ignored
@@ -158,8 +156,6 @@ def locate(source: str) -> tuple[str, Path]:
     if not colon or kind not in released.NAMES:
         kind, rest = "", source
     path = fetch(rest)
-    if path.is_dir():
-        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
         raise ValueError(f"there are no weights at {path}: give a run's folder or a checkpoint")
     return kind, path

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.utils import get_session
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.released.common import State
+from models.encoders.released.fetch import fetch, pretrained
 from models.encoders.released.read import read
 from models.encoders.released.tower import is_clip
 from models.encoders.weights import load_encoder, load_normalization, load_state
@@ -27,7 +23,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
 
     source: "clip:FILE", of OpenAI (state dict or TorchScript), open_clip, MILAN, transformers or timm, with CLIP's
             quick GELU; "open_clip:FILE", the same with exact GELU (LAION, DataComp); "slip:FILE", "dino:FILE";
-            "timm:NAME", a plain transformer of timm's with its weights; or "run:FOLDER", one that a run of ours trained
+            "timm:NAME", a plain transformer of timm's with its weights; or "run:FOLDER", one that a run of ours
+            trained. FILE is any source of `fetch`, such as clip_vit_b16
     dtype:  of the weight matrices, see Tower
     heads:  of attention; by default as published for the tower's width
 
@@ -41,11 +38,12 @@ def load_teacher(source: str, dtype: torch.dtype = torch.bfloat16, heads: int | 
     if kind not in released.TOWERS:
         kinds = ", ".join(f"{kind}:FILE" for kind in released.TOWERS)
         raise ValueError(f'no teacher is called "{source}"; there are {kinds}, timm:NAME and run:FOLDER')
+    path = fetch(rest)
     if (Path(rest) / "encoder.safetensors").is_file():
         raise ValueError(f"{rest} is the folder of a run of ours: write run:{rest}")
-    if not Path(rest).is_file():
-        raise ValueError(f"there is no teacher at {rest}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
-    return from_file(kind, Path(rest), dtype, heads)
+    if not path.is_file():
+        raise ValueError(f"there is no teacher at {path}: {kind}:FILE takes a checkpoint, timm:NAME fetches one")
+    return from_file(kind, path, dtype, heads)
 
 
 def from_file(kind: str, path: Path, dtype: torch.dtype, heads: int | None) -> Tower:
@@ -100,30 +98,20 @@ def projection(head: State, width: int, path: Path) -> nn.Module:
 
 
 def from_hub(name: str, dtype: torch.dtype) -> Tower:
-    if not timm.models.is_model_pretrained(name):
-        known = timm.list_models(pretrained=True)
-        near = [other for other in known if name in other] or difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        raise ValueError(f'timm has no weights called "{name}"; the nearest are {", ".join(near[:3])}')
+    facts = pretrained(name)
     with torch.device("meta"):  # what cannot teach is told before it is fetched
         whole = timm.create_model(name)
     if not hasattr(whole, "blocks") or not hasattr(whole, "cls_token"):
         raise ValueError(f"{name} is no plain transformer, as a teacher has to be")
     if isinstance(whole.norm, nn.Identity):
         raise ValueError(f"{name} was trained for classes, on the mean of its tokens: take one that was not fine-tuned")
-    facts = get_pretrained_cfg(name)
     dim = facts.num_classes if "clip" in facts.architecture and "_ft_" not in facts.tag else 0
-    args = {"pretrained": torch.get_default_device().type != "meta"}
-    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.safetensors"
-    what = facts.hf_hub_filename or "model.safetensors"
-    cached = try_to_load_from_cache(facts.hf_hub_id, what) if facts.hf_hub_id else None
+    file = None if torch.get_default_device().type == "meta" else fetch(f"timm:{name}")
+    args = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     try:
-        if file.is_file() or isinstance(cached, str):
-            args["pretrained_cfg_overlay"] = {"file": str(file) if file.is_file() else cached}
-        elif args["pretrained"] and facts.hf_hub_id:  # the hub itself would try again for most of a minute
-            get_session().head(ENDPOINT, timeout=10)
         encoder = build_encoder(name, num_classes=dim, **args)
-    except Exception as error:  # of many kinds, without network
+    except Exception as error:  # of many kinds, where the file is not whole
         why = " ".join(str(error).split())[:120]
-        raise ValueError(f"timm:{name} cannot be loaded; put {what} of {facts.hf_hub_id} in {file}: {why}") from error
+        raise ValueError(f"timm:{name} cannot be loaded from {file}: {why}") from error
     project, encoder.vit.head = encoder.vit.head, nn.Identity()
     return Tower(encoder, project, facts.mean, facts.std, dtype)
