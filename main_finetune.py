@@ -73,7 +73,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         if task.mixer is not None and any(stage.per_device % 2 for stage in loader.plan.stages):
             raise UserError("mixup and cutmix pair the images of a batch: an even run.per_device is needed")
         lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
-        optimizer = start.optimizer(task, optim)
+        optimizer = start.optimizer(task, optim, start.encoder_pace(optim, loader.plan))
 
         def evaluate(step: int) -> dict[str, float]:
             figures = task.evaluate(tests)

@@ -14,7 +14,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.optim import Optimizer
 
-from util import dist, flops
+from util import checkpoint, dist, flops
 from util.config import Data, Optim, Run, When
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
@@ -23,9 +23,9 @@ from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
 from util.errors import UserError
 from util.log import Log
-from util.optim import Schedule, build_optimizer
+from util.optim import Pace, Schedule, build_optimizer
 from util.options import claim_folder
-from util.plan import make_plan
+from util.plan import Plan, make_plan
 from util.times import Time, check_times, read_changes, read_time
 
 LEAST = {
@@ -39,6 +39,7 @@ LEAST = {
     "run.probe": 1,
     "optim.clip": 0,
     "optim.eps": 0,
+    "optim.encoder_lr_scale": 0,
 }
 
 
@@ -83,6 +84,27 @@ def check_pairs(method: str, data: Data, run: Run) -> None:
     odd = next((few for few in passes if few % 2), None)
     if odd is not None:
         raise UserError(f"{method} pairs the images of a batch: run.per_device {odd} has to be even")
+
+
+def check_start(folder: Path, weights: str) -> None:
+    """UserError where to resume a run and to start one from weights are taken for each other."""
+    place = Path(weights.rpartition(":")[2])  # what stands before the colon tells of what kind the weights are
+    if place.name in (checkpoint.LAST, checkpoint.BEFORE) and place.is_file():
+        raise UserError(
+            f"--weights {weights} is a checkpoint, which is there to resume its run, by the command that began it; the "
+            f"weights to start another run from lie beside it: --weights {place.parent}"
+        )
+    if place.exists() and folder.resolve() == (place if place.is_dir() else place.parent).resolve():
+        raise UserError(
+            f"--weights {weights} lies in run.folder itself: to resume the run that is there, give the command that "
+            "began it; to start a new one from these weights, choose another run.folder"
+        )
+    own = folder / "encoder.safetensors"
+    if own.exists() and not (folder / "config.yaml").exists():
+        raise UserError(
+            f"run.folder {folder} holds weights, but no run to resume: to start from them, give --weights {own} and "
+            "another run.folder"
+        )
 
 
 def begin(run: Run, plain: dict) -> tuple[torch.device, Log]:
@@ -182,10 +204,34 @@ def schedule(optim: Optim, loader: Loader, run: Run, log: Log) -> Callable[[int]
     return lambda step: rate(plan.clock(step)) * plan.at(step).batch / 256
 
 
-def optimizer(task: nn.Module, optim: Optim) -> Optimizer:
+def optimizer(task: nn.Module, optim: Optim, pace: Pace | None = None) -> Optimizer:
     """The optimizer of a run, with its parameter groups."""
-    pace, spared = optim.layer_decay, optim.no_decay
-    return build_optimizer(task, optim.name, optim.weight_decay, optim.betas, optim.momentum, pace, spared, optim.eps)
+    decays = optim.layer_decay, optim.no_decay
+    return build_optimizer(task, optim.name, optim.weight_decay, optim.betas, optim.momentum, *decays, optim.eps, pace)
+
+
+def encoder_pace(optim: Optim, plan: Plan, whole: bool | None = None, log: Log | None = None) -> Pace | None:
+    """How the encoder learns beside the rest, None if alike; it is said if a decoder is fresh.
+
+    whole: whether weights brought all of a decoder; None if there are no weights
+
+    UserError if the encoder would learn nothing at all.
+    """
+    time, scale = ("500 steps", 0.1) if whole is False else (0, 1.0)
+    if optim.freeze_encoder is not None:
+        time = optim.freeze_encoder
+    if optim.encoder_lr_scale is not None:
+        scale = optim.encoder_lr_scale
+    steps = plan.step(read_time("optim.freeze_encoder", time))
+    if steps >= plan.steps:
+        raise UserError(
+            f"optim.freeze_encoder is {time}: the encoder would stay as it is for all {plan.steps:,} steps of the run; "
+            'give less, as in "50 steps", or 0'
+        )
+    if whole is False:
+        log(f"decoder   fresh: it learns for {steps:,} steps while the encoder stays as it is (optim.freeze_encoder), "
+            f"which then learns at {scale:g} of the rate (optim.encoder_lr_scale)")  # fmt: skip
+    return Pace(steps, scale) if whole is not None or steps or scale != 1 else None
 
 
 def decay(optim: Optim, steps: float) -> Schedule | None:

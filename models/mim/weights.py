@@ -55,7 +55,7 @@ def describe_method(found: Weights) -> tuple[str, dict]:
 def load_weights(
     mim: MIM, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
 ) -> bool:
-    """Load a file's encoder and, where it has one, its decoder into a method; whether it had one.
+    """Load a file's encoder and, where it has one, its decoder into a method; whether it had all of one.
 
     log: receives a line on each. ValueError in one line, with figures and the first keys, if any tensor of either is
     missing, left over or of another shape, unless allow_partial.
@@ -78,7 +78,7 @@ def load_weights(
     mim.load_state_dict(fitted, strict=False)
     if log is not None:
         log(f"{found.path} ({found.origin}): {line}{wrong}")
-    return True
+    return not wrong
 
 
 def beside_encoder(mim: MIM) -> State:
