@@ -47,7 +47,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
-                 fill: bool = True, positions: bool = True, mlp_ratio: float = 4.0):  # fmt: skip
+                 mlp_ratio: float = 4.0, fill: bool = True, positions: bool = True):  # fmt: skip
         super().__init__()
         if heads < 1 or width < 1 or width % heads:
             raise ValueError(f"a decoder of width {width} cannot have {heads} heads: {heads} must divide {width}")

@@ -33,10 +33,8 @@ def load_method(source: str, log: Callable[[str], None] | None = None, changes: 
     """
     found = open_weights(source)
     name, told = describe_method(found)
-    if name not in METHODS:
-        raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
-    mim = METHODS[name](build_found(found, **changes or {}), **told | args)
-    if not load_weights(mim, found, log=log):
+    mim = METHODS[name](build_found(found, **changes or {}), **told | args) if name in METHODS else None
+    if mim is None or not load_weights(mim, found, log=log):
         raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
     return mim.eval()
 
@@ -45,10 +43,12 @@ def describe_method(found: Weights) -> tuple[str, dict]:
     """The builder of METHODS for a pretraining checkpoint, and those of its arguments that the file tells."""
     if found.method is not None:
         return found.method["name"], found.method["args"]
-    blocks, width = r"decoder_blocks\.(\d+)\.", "decoder_embed.weight"
+    blocks, width, wider = r"decoder_blocks\.(\d+)\.", "decoder_embed.weight", "decoder_blocks.0.mlp.fc1.weight"
     if found.origin in FCMAE:
         blocks, width = r"decoder\.(\d+)\.", "proj.weight"
     size = {"depth": count(found.others, blocks), "width": len(found.others[width])} if width in found.others else {}
+    if size and wider in found.others:
+        size["mlp_ratio"] = len(found.others[wider]) / size["width"]
     return FCMAE.get(found.origin, found.origin), size
 
 
@@ -64,7 +64,7 @@ def load_weights(
     state = head_state(mim, found)
     if not state:
         return False
-    own = beside_encoder(mim)
+    own = beside_encoder(mim, mim.state_dict())
     misfits = [k for k in state if k in own and state[k].numel() != own[k].numel()]
     fitted = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k not in misfits}
     line = f"decoder {len(fitted)}/{len(own)} tensors"
@@ -81,10 +81,10 @@ def load_weights(
     return not wrong
 
 
-def beside_encoder(mim: MIM) -> State:
-    """The tensors of a method that are neither its encoder's nor its target's, which is frozen."""
+def beside_encoder(mim: nn.Module, state: State) -> State:
+    """Of a method's tensors those that are neither its encoder's nor its target's, which is frozen."""
     encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
-    return {k: v for k, v in mim.state_dict().items() if not k.startswith((f"{encoder}.", "target."))}
+    return {k: v for k, v in state.items() if not k.startswith((f"{encoder}.", "target."))}
 
 
 def head_state(mim: MIM, found: Weights) -> State:
@@ -106,10 +106,7 @@ def head_state(mim: MIM, found: Weights) -> State:
 
 def run_state(mim: nn.Module, path: Path) -> State:
     """What lies beside the encoder in a checkpoint of our own; empty if there is none."""
-    if not path.is_file():
-        return {}
-    encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
-    return {k: v for k, v in read(path).state.items() if not k.startswith(f"{encoder}.")}
+    return beside_encoder(mim, read(path).state) if path.is_file() else {}
 
 
 def in_our_order(mim: MIM, origin: str, key: str, value: Tensor) -> Tensor:
