@@ -21,7 +21,9 @@ CHECKPOINT = "last.pt"  # of a run of ours: its decoder is there
 FCMAE = {"convnextv2": "fcmae"}  # the one origin that is not called as its method
 
 
-def load_method(source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args) -> MIM:
+def load_method(
+    source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args
+) -> nn.Module:
     """The method of a pretraining checkpoint, encoder and decoder with their weights, in evaluation mode.
 
     source:  as for `load_encoder`; the file tells which method it is of, and how deep and wide its decoder is
@@ -53,7 +55,7 @@ def describe_method(found: Weights) -> tuple[str, dict]:
 
 
 def load_weights(
-    mim: MIM, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
+    mim: nn.Module, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
 ) -> bool:
     """Load a file's encoder and, where it has one, its decoder into a method; whether it had all of one.
 
@@ -87,7 +89,7 @@ def beside_encoder(mim: nn.Module, state: State) -> State:
     return {k: v for k, v in state.items() if not k.startswith((f"{encoder}.", "target."))}
 
 
-def head_state(mim: MIM, found: Weights) -> State:
+def head_state(mim: nn.Module, found: Weights) -> State:
     """What lies beside a file's encoder, by the method's keys and in its order; empty if there is nothing."""
     if found.origin == "ours":
         return run_state(mim, found.path.with_name(CHECKPOINT))
