@@ -45,7 +45,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     channels, method = found.train.channels, method_of(config, weights)
     task = build_task(config, method, weights, channels).to(device)
     task.set_normalization(batches.mean, batches.std)
-    whole = None if weights is None else begun or load(task, config, weights, log)
+    whole = None if weights is None else begun or load(task, config, method, weights, log)
     task.encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)
     start.describe(task.encoder.plan["name"], task.encoder, channels, first_size(config), log)
@@ -148,13 +148,16 @@ def build_task(config: Pretrain, method: Part, weights: Weights | None, channels
     return build("method", method, METHODS, encoder)
 
 
-def load(task: nn.Module, config: Pretrain, weights: Weights, log: Log) -> bool:
+def load(task: nn.Module, config: Pretrain, method: Part, weights: Weights, log: Log) -> bool:
     """Load what a run starts from: all of the encoder, and what fits of a decoder; whether the decoder is whole."""
     from models.encoders.weights import load_found
     from models.mim.weights import describe_method, load_weights
     from util import start
 
-    same = describe_method(weights)[0] == config.method.name
+    same = describe_method(weights)[0] == method.name
+    told = [f"{key} {value}" for key, value in method.args.items() if key not in config.method.args]
+    if told:
+        log(f"method    {method.name}, as in the weights: {', '.join(told)}")
     with start.told("weights"):
         load_found(task.encoder, weights, config.allow_partial, None if same else log)
         return same and load_weights(task, weights, True, log)  # whose first line is the encoder's
