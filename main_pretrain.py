@@ -5,6 +5,7 @@ python main_pretrain.py --config configs/pretrain/mae_vit_base.yaml --data.root 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,8 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     channels, method = found.train.channels, method_of(config, weights)
     task = build_task(config, method, weights, channels).to(device)
     task.set_normalization(batches.mean, batches.std)
+    if weights is not None and begun:
+        log(f"weights   {config.weights} is where this run began; it goes on from its own checkpoint")
     whole = None if weights is None else begun or load(task, config, method, weights, log)
     task.encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)
@@ -89,6 +92,10 @@ def check(config: Pretrain) -> None:
     method = method_of(config, weights)
     with torch.device("meta"):
         task = build_task(config, method, weights, data.in_chans or 3)
+    if weights is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of each tensor, that nothing is copied to the meta device
+            load(task, config, method, weights, lambda line: None)
     if getattr(task, "pairs", False):
         dist.init(run.device)
         start.check_pairs(method.name, data, run)
@@ -148,7 +155,7 @@ def build_task(config: Pretrain, method: Part, weights: Weights | None, channels
     return build("method", method, METHODS, encoder)
 
 
-def load(task: nn.Module, config: Pretrain, method: Part, weights: Weights, log: Log) -> bool:
+def load(task: nn.Module, config: Pretrain, method: Part, weights: Weights, log: Callable[[str], None]) -> bool:
     """Load what a run starts from: all of the encoder, and what fits of a decoder; whether the decoder is whole."""
     from models.encoders.weights import load_found
     from models.mim.weights import describe_method, load_weights
