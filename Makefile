@@ -8,7 +8,7 @@ ROOT ?= fashion_mnist
 RUN := .venv/bin/python -W ignore
 OUT := output/quickstart
 
-.PHONY: .venv quickstart test lock
+.PHONY: .venv images quickstart test lock
 
 # as root on Debian or Ubuntu, install package $(1); otherwise say what to do about $(2)
 apt = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -26,9 +26,11 @@ apt = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(if $(LOCK),-c $(LOCK))
 	@touch $@
 
-quickstart: .venv/installed
+images:
 	@test "$(ROOT)" != fashion_mnist || test -e /usr/share/datasets/fashion-mnist || \
 		( $(call apt,dataset-fashion-mnist,Fashion-MNIST is downloaded unless its Debian package is installed) ) || true
+
+quickstart: .venv/installed images
 	@$(RUN) main_pretrain.py --config configs/quickstart/pretrain.yaml --data.root $(ROOT) --run.folder $(OUT)/pretrain
 	@for task in knn linear finetune; do for weights in $(OUT)/pretrain/encoder.safetensors none; do \
 		$(RUN) main_finetune.py --config configs/quickstart/$$task.yaml --data.root $(ROOT) --weights $$weights \
@@ -36,7 +38,7 @@ quickstart: .venv/installed
 	done; done
 	@$(RUN) -m util.summary $(OUT)
 
-test: .venv/installed
+test: .venv/installed images
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2 -q

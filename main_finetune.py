@@ -81,7 +81,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         augment = Augment(batches.mean, batches.std, auto, data.jitter, data.erase, **crop, **depth)
         loader = batches.train(augment)
         lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
-        optimizer = start.optimizer(task, optim)
+        optimizer = start.optimizer(task, optim, start.encoder_pace(optim, loader.plan))
 
         def evaluate(step: int) -> dict[str, float]:
             figures = task.evaluate(tests)

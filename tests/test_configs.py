@@ -31,9 +31,15 @@ def encoder_of(config, in_chans=3, **changes):
         return build_encoder(config.encoder.name, in_chans, **{"img_size": size} | config.encoder.args | changes)
 
 
+def pretrained(name):
+    return read(Pretrain, ["--config", str(ROOT / "pretrain" / f"{name}.yaml")])[0]
+
+
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_pretraining_configs_build(path):
     config, _ = read(Pretrain, ["--config", str(path)])
+    if config.encoder is None:  # that of the pretraining that it continues
+        config.encoder = pretrained(Path(config.weights).name).encoder
     task = build("method", config.method, METHODS, encoder_of(config))
     optim = config.optim
     groups = build_optimizer(task, optim.name, optim.weight_decay, no_decay=optim.no_decay).param_groups
@@ -50,9 +56,7 @@ def test_transfer_configs_build(path):
     """With the encoder of the pretraining that the config names, and its changes."""
     config, _ = read(Finetune, ["--config", str(path)])
     if config.encoder is None:
-        name = Path(config.weights).parent.name
-        before, _ = read(Pretrain, ["--config", str(ROOT / "pretrain" / f"{name}.yaml")])
-        config.encoder = before.encoder
+        config.encoder = pretrained(Path(config.weights).parent.name).encoder
     task = build("task", config.task, TASKS, encoder_of(config, **config.changes), 1000)
     optim = config.optim
     groups = build_optimizer(

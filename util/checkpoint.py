@@ -39,6 +39,11 @@ def save(folder: Path, task: nn.Module, optimizer: Optimizer, scaler: torch.amp.
         os.replace(aside, path)
 
 
+def there(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint to go on from."""
+    return any((folder / name).exists() for name in (LAST, BEFORE))
+
+
 def load(folder: Path, task: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, log=print) -> dict:
     """Go on from folder/last.pt, or from before.pt if that is cut short; gives the counts, {} if there is neither.
 
@@ -77,14 +82,16 @@ def fit(path: Path, task: nn.Module, state: dict) -> None:
                         f"({', '.join([*missing, *unread][:3])})")  # fmt: skip
 
 
-def export(path: Path, encoder: nn.Module, normalization: dict) -> None:
+def export(path: Path, encoder: nn.Module, normalization: dict, method: dict | None = None) -> None:
     """Write an encoder's weights, with how to build it and how its images are normalised as JSON in the metadata.
 
     normalization: {"mean", "std"} of each channel on the scale of [0, 1], and "size", (height, width) in pixels
+    method:        {"name", "args"} of the method that pretrained it, whose decoder is in the checkpoint beside
     """
     if dist.rank() == 0:
         tensors = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-        metadata = {"encoder": json.dumps(encoder.plan), "normalization": json.dumps(normalization), "format": "pt"}
+        facts = {"encoder": encoder.plan, "normalization": normalization, "method": method}
+        metadata = {"format": "pt"} | {key: json.dumps(fact) for key, fact in facts.items() if fact is not None}
         aside = path.with_suffix(".writing")
         save_file(tensors, aside, metadata)
         os.umask(mask := os.umask(0))

@@ -95,6 +95,10 @@ class Optim:
         eps: of adamw, added to the root of the second moment
         momentum: of lars and sgd
         layer_decay: factor of the learning rate from each layer to the one before it; 1 for none
+        freeze_encoder: time at the start in which the encoder stays as it is and the rest learns to read it; by default
+            none, but 500 steps where weights to start from bring no decoder
+        encoder_lr_scale: factor of the encoder's learning rate after that; by default 1, but 0.1 where weights to start
+            from bring no decoder
         clip: largest norm of the gradient; 0 for none
     """
 
@@ -113,6 +117,8 @@ class Optim:
     eps: float = 1e-8
     momentum: float = 0.9
     layer_decay: float = 1.0
+    freeze_encoder: When | None = None
+    encoder_lr_scale: float | None = None
     clip: float = 0.0
 
 
@@ -159,15 +165,21 @@ class Pretrain:
     """Masked image modeling.
 
     Args:
-        encoder: any plain or hierarchical backbone of timm, and its arguments
-        method: a method of the README's table, such as mae, or vqkd to train a tokenizer, and its arguments
+        method: a method of the README's table, such as mae, or vqkd to train a tokenizer, and its arguments; those not
+            given are as in the weights, if they are of the same method
+        encoder: any plain or hierarchical backbone of timm, and its arguments; by default that of the weights
+        weights: what to start from, encoder and, if it is there and of the method, decoder: a run's folder, anybody's
+            checkpoint, or none to start from scratch. A run that was begun already goes on from its own checkpoint
+        allow_partial: go on where the weights do not cover the whole encoder
     """
 
-    encoder: Part
     method: Part
     data: Data
     optim: Optim
     run: Run
+    encoder: Part | None = None
+    weights: str = "none"
+    allow_partial: bool = False
 
 
 @dataclass

@@ -48,25 +48,53 @@ class Schedule:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + cosine)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How an encoder learns beside the rest of its task.
+
+    frozen: steps at the start in which it stays as it is, to the bit
+    scale:  factor of its learning rate after them
+    """
+
+    frozen: int = 0
+    scale: float = 1.0
+
+
 def parameter_groups(
-    task: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: Sequence[str] = ()
+    task: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    no_decay: Sequence[str] = (),
+    pace: Pace | None = None,
 ) -> list[dict]:
     """The trainable parameters, grouped by learning rate and weight decay; frozen ones are left out.
 
     Biases, norms and all else of at most one dimension are not decayed, nor is a parameter whose name contains any of
     the words of `no_decay`. Each group has an "lr_scale": layer_decay ** (n - k) for list k, from 0, of the n of
-    `task.encoder.layers`, and 1 for the head and all else (BEiT, MAE). ValueError if there is nothing to train.
+    `task.encoder.layers`, and 1 for the head and all else (BEiT, MAE). With a `pace` the encoder has groups of its own,
+    with its factor in "lr_scale" and its steps as "frozen". ValueError if there is nothing to train.
     """
     layers = task.encoder.layers if layer_decay != 1 else []
     scales = {id(p): layer_decay ** (len(layers) - k) for k, layer in enumerate(layers) for p in layer}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    paced = set() if pace is None else {id(p) for p in task.encoder.parameters()}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, p in task.named_parameters():
         if p.requires_grad:
             spared = p.ndim <= 1 or name.endswith(".bias") or any(word in name for word in no_decay)
-            groups.setdefault((scales.get(id(p), 1.0), 0.0 if spared else weight_decay), []).append(p)
+            key = id(p) in paced, scales.get(id(p), 1.0), 0.0 if spared else weight_decay
+            groups.setdefault(key, []).append(p)
     if not groups:
         raise ValueError(f"nothing to train: every parameter of {type(task).__name__} is frozen")
-    return [{"params": ps, "lr_scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
+    own, rest = pace or Pace(), Pace()
+    return [
+        {
+            "params": ps,
+            "lr_scale": scale * (own if inner else rest).scale,
+            "frozen": (own if inner else rest).frozen,
+            "weight_decay": decay,
+        }
+        for (inner, scale, decay), ps in groups.items()
+    ]
 
 
 def build_optimizer(
@@ -78,14 +106,16 @@ def build_optimizer(
     layer_decay: float = 1.0,
     no_decay: Sequence[str] = (),
     eps: float = 1e-8,
+    pace: Pace | None = None,
 ) -> Optimizer:
     """AdamW ("adamw"), LAMB ("lamb"), LARS ("lars") or SGD ("sgd") over the groups of `parameter_groups`.
 
-    Its learning rate is 0: the loop sets each group's before every step, to the schedule's times "lr_scale".
+    Its learning rate is 0: the loop sets each group's before every step, to the schedule's times "lr_scale", and leaves
+    it at 0 in the first "frozen" steps.
     All of them are fused or act like it: where the tensor `optimizer.found_inf` is 1, a step changes nothing.
     ValueError if the name is another or nothing is trainable.
     """
-    groups = parameter_groups(task, weight_decay, layer_decay, no_decay)
+    groups = parameter_groups(task, weight_decay, layer_decay, no_decay, pace)
     if name == "adamw":
         return AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)  # on a CPU too it is several times faster
     if name == "lamb":

@@ -149,7 +149,10 @@ def claim_folder(folder: Path, plain: dict, schema: type) -> None:
         if differing:
             pairs = ", ".join(f"{k} ({there.get(k)} there, {here.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise UserError(f"{folder} holds another run: {pairs}{more} differ; choose another run.folder or remove it")
+            raise UserError(
+                f"{folder} holds another run: {pairs}{more} differ; choose another run.folder or remove it. Only the "
+                f"command that began it resumes it; --weights {folder} starts a new run from its weights, elsewhere"
+            )
     path.write_text(text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,11 @@ class Plan:
     def clock(self, step: float) -> float:
         """How far the run is at a step, in its own unit."""
         return step if self.unit == "steps" else self.epoch(step)
+
+    def step(self, time: Time) -> int:
+        """The first step that does not lie before a time."""
+        clock = self.epoch if time.unit == "epochs" else float
+        return bisect_left(range(self.steps), time.number, key=clock)
 
     def due(self, step: int, every: Time) -> bool:
         """Whether a multiple of `every` lies between the step before and this one; never if it is 0."""

@@ -13,7 +13,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.optim import Optimizer
 
-from util import dist, flops
+from util import checkpoint, dist, flops
 from util.config import Data, Finetune, Optim, Pretrain, Run, When
 from util.data.bad import BadImages
 from util.data.images import Dataset, Images, open_images
@@ -22,7 +22,7 @@ from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
 from util.errors import REFUSALS, UserError, first_line
 from util.log import Log
-from util.optim import Schedule, build_optimizer
+from util.optim import Pace, Schedule, build_optimizer
 from util.options import claim_folder
 from util.plan import Plan, make_plan
 from util.times import check_times, length, read_changes, read_time
@@ -43,6 +43,7 @@ LEAST = {
     "data.jitter": 0,
     "data.in_chans": 1,
     "run.seed": 0,
+    "optim.encoder_lr_scale": 0,
 }
 
 
@@ -97,6 +98,27 @@ def check_pairs(method: str, data: Data, run: Run) -> None:
         if number // ways % 2:
             wanted = "even" if ways == 1 else f"a multiple of {2 * ways}, for {ways} processes"
             raise UserError(f"{method} pairs the images of a forward pass: {key} {number} has to be {wanted}")
+
+
+def check_start(folder: Path, weights: str) -> None:
+    """UserError where to resume a run and to start one from weights are taken for each other."""
+    place = Path(weights.rpartition(":")[2])  # what stands before the colon tells of what kind the weights are
+    if place.name in (checkpoint.LAST, checkpoint.BEFORE) and place.is_file():
+        raise UserError(
+            f"--weights {weights} is a checkpoint, which is there to resume its run, by the command that began it; the "
+            f"weights to start another run from lie beside it: --weights {place.parent}"
+        )
+    if place.exists() and folder.resolve() == (place if place.is_dir() else place.parent).resolve():
+        raise UserError(
+            f"--weights {weights} lies in run.folder itself: to resume the run that is there, give the command that "
+            "began it; to start a new one from these weights, choose another run.folder"
+        )
+    own = folder / "encoder.safetensors"
+    if own.exists() and not (folder / "config.yaml").exists():
+        raise UserError(
+            f"run.folder {folder} holds weights, but no run to resume: to start from them, give --weights {own} and "
+            "another run.folder"
+        )
 
 
 def begin(config: Pretrain | Finetune, plain: dict) -> tuple[torch.device, Log]:
@@ -214,10 +236,34 @@ def unreached(rate: Schedule, plan: Plan) -> Iterator[str]:
         yield f"warning   optim.cosine_from is {rate.origin:.4g} {plan.unit}, {whole}: the rate never falls"
 
 
-def optimizer(task: nn.Module, optim: Optim) -> Optimizer:
+def optimizer(task: nn.Module, optim: Optim, pace: Pace | None = None) -> Optimizer:
     """The optimizer of a run, with its parameter groups."""
-    pace, spared = optim.layer_decay, optim.no_decay
-    return build_optimizer(task, optim.name, optim.weight_decay, optim.betas, optim.momentum, pace, spared, optim.eps)
+    decays = optim.layer_decay, optim.no_decay
+    return build_optimizer(task, optim.name, optim.weight_decay, optim.betas, optim.momentum, *decays, optim.eps, pace)
+
+
+def encoder_pace(optim: Optim, plan: Plan, whole: bool | None = None, log: Log | None = None) -> Pace | None:
+    """How the encoder learns beside the rest, None if alike; it is said if a decoder is fresh.
+
+    whole: whether weights brought all of a decoder; None if there are no weights
+
+    UserError if the encoder would learn nothing at all.
+    """
+    time, scale = ("500 steps", 0.1) if whole is False else (0, 1.0)
+    if optim.freeze_encoder is not None:
+        time = optim.freeze_encoder
+    if optim.encoder_lr_scale is not None:
+        scale = optim.encoder_lr_scale
+    steps = plan.step(read_time("optim.freeze_encoder", time))
+    if steps >= plan.steps:
+        raise UserError(
+            f"optim.freeze_encoder is {time}: the encoder would stay as it is for all {plan.steps:,} steps of the run; "
+            'give less, as in "50 steps", or 0'
+        )
+    if whole is False:
+        log(f"decoder   fresh: it learns for {steps:,} steps while the encoder stays as it is (optim.freeze_encoder), "
+            f"which then learns at {scale:g} of the rate (optim.encoder_lr_scale)")  # fmt: skip
+    return Pace(steps, scale) if whole is not None or steps or scale != 1 else None
 
 
 def decay(optim: Optim, steps: float) -> Schedule | None:

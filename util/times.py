@@ -74,6 +74,7 @@ def check_times(data: Data, optim: Optim, run: Run) -> None:
         raise UserError(f"run.epochs is {run.epochs}, but has to be above 0")
     times = {"optim.warmup": [optim.warmup], "optim.milestones": optim.milestones}
     times |= {"optim.cosine_from": [] if optim.cosine_from is None else [optim.cosine_from]}
+    times |= {"optim.freeze_encoder": [] if optim.freeze_encoder is None else [optim.freeze_encoder]}
     read = [(key, read_time(key, value)) for key, values in times.items() for value in values]
     for key, value in (("data.size", data.size), ("data.batch", data.batch), ("run.per_device", run.per_device)):
         read += [(key, time) for time, _ in read_changes(key, value)]

@@ -67,7 +67,7 @@ def train(
 ) -> dict[str, float]:
     """Train a task to the end of its run, from the last checkpoint in run.folder if there is one.
 
-    lr_at:    the learning rate at a step; each parameter group multiplies it by its "lr_scale"
+    lr_at:    the learning rate at a step; each parameter group multiplies it by its "lr_scale", see `set_rates`
     clip:     largest norm of the gradient, 0 for none
     evaluate: gives figures at a step; called every run.evaluate_every and at the end, whose figures are returned
     decay_at: the weight decay at a step, of the groups that have one; by default theirs stays as it is
@@ -89,11 +89,7 @@ def train(
 
     with interruptible() as interrupted:
         while step < steps:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step) * group["lr_scale"]
-                if decay_at is not None and group["weight_decay"]:
-                    group["weight_decay"] = decay_at(step)
-
+            set_rates(task, optimizer, step, lr_at(step), None if decay_at is None else decay_at(step))
             accumulate = plan.at(step).accumulate
             for micro in range(accumulate):
                 batch = next(batches)
@@ -135,6 +131,22 @@ def train(
                 judge(task, evaluate, step, run, log)
                 watch.restart(step)
     return judge(task, evaluate, step, run, log) if evaluate is not None else {}
+
+
+def set_rates(task: Task, optimizer: Optimizer, step: int, lr: float, decay: float | None) -> None:
+    """Give the parameter groups their learning rates at a step, and their weight decay if it changes.
+
+    In its first "frozen" steps a group's rate is 0, so that nothing of it moves, while gradients are as ever (DDP waits
+    for all of them) and the optimizer's averages are ready when it is let go. As long as a group is frozen, so is all
+    else of the encoder: it is in evaluation mode, in which batch norms keep their statistics.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"] if step >= group.get("frozen", 0) else 0.0
+        if decay is not None and group["weight_decay"]:
+            group["weight_decay"] = decay
+    frozen = max(group.get("frozen", 0) for group in optimizer.param_groups)
+    if frozen:
+        task.encoder.train(step >= frozen)
 
 
 def parallel(task: nn.Module, device: torch.device, compiled: bool) -> nn.Module:

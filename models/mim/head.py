@@ -48,7 +48,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, target: Target, depth: int = 8, width: int = 512, heads: int = 16,
-                 fill: bool = True, positions: bool = True, mlp_ratio: float = 4.0):  # fmt: skip
+                 mlp_ratio: float = 4.0, fill: bool = True, positions: bool = True):  # fmt: skip
         super().__init__()
         at_least(0, depth=depth)
         check_heads(width, heads)

@@ -26,11 +26,12 @@ CLIP = "timm:vit_{}_clip_quickgelu_224.openai"
 
 
 def mae(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target: str = "normalized",
-        cell: int | None = None, depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+        cell: int | None = None, depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4) -> MIM:
     """MAE (He et al., 2022): encode the visible patches alone, a transformer guesses the pixels of the rest."""
     unit = encoder.strides[-1] if unit is None else unit
     truth = build_target(target, cell, encoder, unit)
-    return MIM(RandomMasker(unit, ratio), Skip(encoder), Decoder(encoder, truth, depth, width, heads), truth, l2)
+    head = Decoder(encoder, truth, depth, width, heads, mlp_ratio)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), head, truth, l2)
 
 
 def simmim(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "pixels",
@@ -49,26 +50,27 @@ def maskfeat(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, leas
 
 
 def fastmim(encoder: Encoder, ratio: float = 0.75, unit: int = 32, target: str = "hog", cell: int | None = None,
-            depth: int = 4, width: int = 256, heads: int = 8) -> MIM:
+            depth: int = 4, width: int = 256, heads: int = 8, mlp_ratio: float = 4) -> MIM:
     """FastMIM (Guo et al., 2022): hidden pixels are painted over, a light transformer guesses HOG at low resolution."""
     truth = build_target(target, 8 if cell is None and target == "hog" else cell, encoder, unit)
-    head = Decoder(encoder, truth, depth, width, heads, fill=False, positions=False)
+    head = Decoder(encoder, truth, depth, width, heads, mlp_ratio, fill=False, positions=False)
     return MIM(RandomMasker(unit, ratio), Paint(encoder), head, truth, l2)
 
 
 def mixmim(encoder: Encoder, ratio: float = 0.5, unit: int = 32, target: str = "normalized", cell: int | None = None,
-           depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+           depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4) -> MIM:
     """MixMIM (Liu et al., 2023): hidden patches are another image's, and both images of a mixture are guessed."""
     truth = build_target(target, cell, encoder, unit)
-    head = Unmix(Decoder(encoder, truth, depth, width, heads), truth)
+    head = Unmix(Decoder(encoder, truth, depth, width, heads, mlp_ratio), truth)
     return MIM(RandomMasker(unit, ratio, shared=True), Mix(encoder), head, truth, l2, over_all)
 
 
 def hiera(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int = 16,
-          depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+          depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4) -> MIM:
     """Hiera (Ryali et al., 2023): MAE of whole mask units, guessed from the maps of all scales."""
     truth = build_target(target, cell, encoder, unit)
-    return MIM(RandomMasker(unit, ratio), Skip(encoder), FuseDecoder(encoder, truth, depth, width, heads), truth, l2)
+    head = FuseDecoder(encoder, truth, depth, width, heads, mlp_ratio)
+    return MIM(RandomMasker(unit, ratio), Skip(encoder), head, truth, l2)
 
 
 def fcmae(encoder: Encoder, ratio: float = 0.6, unit: int = 32, target: str = "normalized", cell: int | None = None,
@@ -95,7 +97,7 @@ def eva(encoder: Encoder, ratio: float = 0.4, unit: int | None = None, target: s
 
 def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target: str = CLIP.format("base_patch16"),
           cell: int | None = None, mask: str = "attention", decoder: str = "prompt",
-          depth: int = 8, width: int = 512, heads: int = 16) -> MIM:
+          depth: int = 8, width: int = 512, heads: int = 16, mlp_ratio: float = 4) -> MIM:
     """MILAN (Hou et al., 2022): CLIP says what is true and, by where it looks, what to show; see milan.py.
 
     mask:    by the "attention" of the target or, as clip:FILE, of another teacher; or "random"
@@ -107,7 +109,7 @@ def milan(encoder: Encoder, ratio: float = 0.75, unit: int | None = None, target
     truth, unit = build_target(target, cell, encoder, unit), encoder.strides[-1] if unit is None else unit
     teacher = build_target(mask, truth.unit, encoder) if ":" in mask else truth
     masker = RandomMasker(unit, ratio) if mask == "random" else AttentionMasker(unit, ratio, teacher)
-    head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads)
+    head = (PromptDecoder if decoder == "prompt" else Decoder)(encoder, truth, depth, width, heads, mlp_ratio)
     if isinstance(truth, Teacher):
         return MILAN(masker, Skip(encoder), head, truth, cosine, over_all)
     return MIM(masker, Skip(encoder), head, truth, l2)

@@ -21,7 +21,9 @@ CHECKPOINT = "last.pt"  # of a run of ours: its decoder is there
 FCMAE = {"convnextv2": "fcmae"}  # the one origin that is not called as its method
 
 
-def load_method(source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args) -> MIM:
+def load_method(
+    source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args
+) -> nn.Module:
     """The method of a pretraining checkpoint, encoder and decoder with their weights, in evaluation mode.
 
     source:  as for `load_encoder`; the file tells which method it is of, and how deep and wide its decoder is
@@ -33,10 +35,8 @@ def load_method(source: str, log: Callable[[str], None] | None = None, changes: 
     """
     found = open_weights(source)
     name, told = describe_method(found)
-    if name not in METHODS:
-        raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
-    mim = METHODS[name](build_found(found, **changes or {}), **told | args)
-    if not load_weights(mim, found, log=log):
+    mim = METHODS[name](build_found(found, **changes or {}), **told | args) if name in METHODS else None
+    if mim is None or not load_weights(mim, found, log=log):
         raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
     return mim.eval()
 
@@ -45,17 +45,19 @@ def describe_method(found: Weights) -> tuple[str, dict]:
     """The builder of METHODS for a pretraining checkpoint, and those of its arguments that the file tells."""
     if found.method is not None:
         return found.method["name"], found.method["args"]
-    blocks, width = r"decoder_blocks\.(\d+)\.", "decoder_embed.weight"
+    blocks, width, wider = r"decoder_blocks\.(\d+)\.", "decoder_embed.weight", "decoder_blocks.0.mlp.fc1.weight"
     if found.origin in FCMAE:
         blocks, width = r"decoder\.(\d+)\.", "proj.weight"
     size = {"depth": count(found.others, blocks), "width": len(found.others[width])} if width in found.others else {}
+    if size and wider in found.others:
+        size["mlp_ratio"] = len(found.others[wider]) / size["width"]
     return FCMAE.get(found.origin, found.origin), size
 
 
 def load_weights(
-    mim: MIM, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
+    mim: nn.Module, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
 ) -> bool:
-    """Load a file's encoder and, where it has one, its decoder into a method; whether it had one.
+    """Load a file's encoder and, where it has one, its decoder into a method; whether it had all of one.
 
     log: receives a line on each. ValueError in one line, with figures and the first keys, if any tensor of either is
     missing, left over or of another shape, unless allow_partial.
@@ -64,7 +66,7 @@ def load_weights(
     state = head_state(mim, found)
     if not state:
         return False
-    own = beside_encoder(mim)
+    own = beside_encoder(mim, mim.state_dict())
     misfits = [k for k in state if k in own and state[k].numel() != own[k].numel()]
     fitted = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k not in misfits}
     line = f"decoder {len(fitted)}/{len(own)} tensors"
@@ -78,16 +80,16 @@ def load_weights(
     mim.load_state_dict(fitted, strict=False)
     if log is not None:
         log(f"{found.path} ({found.origin}): {line}{wrong}")
-    return True
+    return not wrong
 
 
-def beside_encoder(mim: MIM) -> State:
-    """The tensors of a method that are neither its encoder's nor its target's, which is frozen."""
+def beside_encoder(mim: nn.Module, state: State) -> State:
+    """Of a method's tensors those that are neither its encoder's nor its target's, which is frozen."""
     encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
-    return {k: v for k, v in mim.state_dict().items() if not k.startswith((f"{encoder}.", "target."))}
+    return {k: v for k, v in state.items() if not k.startswith((f"{encoder}.", "target."))}
 
 
-def head_state(mim: MIM, found: Weights) -> State:
+def head_state(mim: nn.Module, found: Weights) -> State:
     """What lies beside a file's encoder, by the method's keys and in its order; empty if there is nothing."""
     if found.origin == "ours":
         return run_state(mim, found.path.with_name(CHECKPOINT))
@@ -105,10 +107,7 @@ def head_state(mim: MIM, found: Weights) -> State:
 
 def run_state(mim: nn.Module, path: Path) -> State:
     """What lies beside the encoder in a checkpoint of our own; empty if there is none."""
-    if not path.is_file():
-        return {}
-    encoder = next(name for name, part in mim.named_modules() if part is mim.encoder)
-    return {k: v for k, v in read(path).state.items() if not k.startswith(f"{encoder}.")}
+    return beside_encoder(mim, read(path).state) if path.is_file() else {}
 
 
 def in_our_order(mim: MIM, origin: str, key: str, value: Tensor) -> Tensor:
