@@ -31,8 +31,8 @@ def fit(
         return fixed_positions(encoder, value, like, img_size), None
     if value.shape == like.shape:
         return value, None
-    if [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]:
-        return value.reshape(like.shape), None  # a 1x1 convolution is a linear layer
+    if alike(value, like):
+        return value.reshape(like.shape), None
     if key.startswith(STEM) and value.ndim == 4 and value[:, 0].shape == like[:, 0].shape:
         return adapt_channels(value, like.shape[1]), f"{value.shape[1]} to {like.shape[1]} channels"
     if key in POSITIONS and value.ndim == like.ndim == 3 and value.shape[2] == like.shape[2]:
@@ -49,6 +49,11 @@ def fit(
         if value.shape[1] == like.shape[1] and (2 * old - 1) ** 2 == len(value) - extra:
             return resize_table(value, window, extra), f"bias tables {size((old, old))} to {size(window)}"
     return None, None
+
+
+def alike(value: Tensor, like: Tensor) -> bool:
+    """Whether shapes are the same but for sides of 1: a 1x1 convolution is a linear layer."""
+    return [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]
 
 
 def grids(
