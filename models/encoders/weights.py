@@ -22,9 +22,11 @@ from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
 from models.encoders.released.layout import Family
 from models.encoders.released.magic import one_line
-from models.encoders.released.read import DAMAGED, RUN, Content, read
+from models.encoders.released.read import RUN, Content, read
 from models.encoders.resize import STEM, fit
 
+# what tensors lead to that do not fit together
+DAMAGED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 ENCODER = "encoder.safetensors"  # in a run's folder
 
 

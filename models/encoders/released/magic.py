@@ -6,8 +6,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from models.encoders.released.pickles import names
+from models.encoders.released.pickles import check, names
 
+SAVED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the number with which files of torch.save began
 AGAIN = ": copy or download it again"
 PACKED = {
     b"\x1f\x8b": "is packed by gzip: unpack it (gunzip, or tar -xf) and give the file inside",
@@ -25,61 +26,70 @@ PACKED = {
 }
 
 
-def what_it_is(path: Path) -> str:
-    """Whether a file is "safetensors", "torchscript", "torch" or "pickle", to be read. ValueError that says what else.
+class Unfit(ValueError):
+    """A file holds no weights that are of use: why, in words that follow its name."""
 
-    A pickle is an older file of torch.save, or nothing of torch's at all.
+
+def what_it_is(path: Path) -> str:
+    """Whether a file is "safetensors", "torchscript", "torch" or "pickle", to be read. Unfit that says what else.
+
+    "pickle" is an older file of torch.save. Refused for any pickle that wants something run.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
     if not head.strip(b"\0"):
-        raise ValueError("is empty" if not size else f"begins with {len(head)} zeros" + AGAIN)
+        raise Unfit("is empty" if not size else f"begins with {len(head)} zeros" + AGAIN)
     if head.startswith(b"PK\x03\x04"):
         return zipped(path, size)
     if head[5:9] == b"\0\0\0{":  # the length of a header, then JSON
         return "safetensors"
     if head[257:262] == b"ustar":
-        raise ValueError("is a tar archive: unpack it (tar -xf) and give the file inside")
+        raise Unfit("is a tar archive: unpack it (tar -xf) and give the file inside")
     for magic, words in PACKED.items():
         if head.startswith(magic):
-            raise ValueError(words)
-    if re.match(rb"\x80[\x00-\x05]", head) or is_old_pickle(path):
+            raise Unfit(words)
+    if head.startswith(SAVED):
         return "pickle"
+    if re.match(rb"\x80[\x00-\x05]", head) or is_old_pickle(path):
+        check(names(path))
+        raise Unfit("is a pickle, but none of torch.save: give weights that torch.save or safetensors wrote")
     text = head.decode("utf-8", "ignore")
     if re.match(r"\s*<(!doctype|html|head|\?xml|error)", text, re.I):
-        raise ValueError("is a web page, saved in place of the file: download it again, and look at the page for why")
+        raise Unfit("is a web page, saved in place of the file: download it again, and look at the page for why")
     if len(text) > len(head) - 4 and sum(not c.isprintable() and not c.isspace() for c in text) == 0:
-        raise ValueError(f'is a text that begins "{one_line(text, 40)}", no file of weights')
-    raise ValueError(f"is neither of torch.save nor safetensors: it begins with the bytes {head[:8].hex(' ')}")
+        raise Unfit(f'is a text that begins "{one_line(text, 40)}", no file of weights')
+    raise Unfit(f"is neither of torch.save nor safetensors: it begins with the bytes {head[:8].hex(' ')}")
 
 
 def is_old_pickle(path: Path) -> bool:
     """Whether a file is a pickle of the first kind, which is text, and names anything."""
     try:
         return bool(names(path))
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, MemoryError, OverflowError):
         return False
 
 
 def zipped(path: Path, size: int) -> str:
-    """Which of torch's archives a zip is. ValueError if it is none, cut short, or made to fill the memory."""
+    """Which of torch's archives a zip is. Unfit if it is none, cut short, or made to fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             members, inside = archive.namelist(), sum(info.file_size for info in archive.infolist())
             if inside > 10 * size + 2**20:
-                raise ValueError(f"has {size} bytes, but would unpack to {inside}: no file of weights does")
+                raise Unfit(f"has {size} bytes, but would unpack to {inside}: no file of weights does")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"is a zip archive that is cut short or damaged at {size} bytes{AGAIN}") from error
+    except Unfit:
+        raise
+    except Exception as error:  # zipfile, zlib and struct raise half a dozen kinds
+        raise Unfit(f"is a zip archive that is cut short or damaged at {size} bytes{AGAIN}") from error
     if damaged is not None:
-        raise ValueError(f"is damaged: {one_line(damaged, 60)} in it is not what its checksum says{AGAIN}")
+        raise Unfit(f"is damaged: {one_line(damaged, 60)} in it is not what its checksum says{AGAIN}")
     for kind, ending in (("torchscript", "/constants.pkl"), ("torch", "/data.pkl")):
         if any(name.endswith(ending) for name in members):
             return kind
     few = one_line(", ".join(members[:3]), 80)
     what = "arrays of numpy (npz)" if members and all(name.endswith(".npy") for name in members) else "files"
-    raise ValueError(f"is a zip archive of {len(members)} {what} ({few}), none of torch.save: give weights of PyTorch")
+    raise Unfit(f"is a zip archive of {len(members)} {what} ({few}), none of torch.save: give weights of PyTorch")
 
 
 def one_line(text: object, most: int = 200) -> str:

@@ -18,8 +18,9 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -77,9 +78,13 @@ def load(path: Path) -> tuple[Any, list[str]]:
             return torch.load(path, "cpu", weights_only=True, mmap=mapped), []
         except pickle.UnpicklingError:
             found, met = names(path), []
-            check(found)
-            with torch.serialization.safe_globals([stand_in(name, met) for name in found if name not in ALLOWED_NAMES]):
+        check(found)
+        stand_ins = [stand_in(name, met) for name in found if name not in ALLOWED_NAMES]
+        with torch.serialization.safe_globals(stand_ins):
+            try:
                 return torch.load(path, "cpu", weights_only=True, mmap=mapped), list(dict.fromkeys(met))
+            except pickle.UnpicklingError as error:  # of which the last words but a reference say why
+                raise ValueError(str(error).split("\n\n")[-2:][0]) from error
 
 
 def stand_in(name: str, met: list[str]) -> tuple[Any, str]:
@@ -116,7 +121,7 @@ def names(path: Path) -> list[str]:
         return list(dict.fromkeys(sequence(file)))
 
 
-def sequence(file: IO[bytes]) -> Iterator[str]:
+def sequence(file: BufferedIOBase) -> Iterator[str]:
     """The names in the pickles with which an older file of torch.save begins, or in a single pickle."""
     for i in range(5):  # a magic number, the protocol, the system, what was saved, its storages
         try:
@@ -127,7 +132,7 @@ def sequence(file: IO[bytes]) -> Iterator[str]:
             return
 
 
-def named(file: IO[bytes]) -> Iterator[str]:
+def named(file: BufferedIOBase) -> Iterator[str]:
     """The names in one pickle. ValueError if it is damaged, or made to fill the memory."""
     strings, top, memo = ["", ""], None, {}  # the last two strings; the top of the stack, if it is one; those kept
     for count, (code, value, _) in enumerate(pickletools.genops(file)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +14,8 @@ from torch import Tensor
 from models.encoders.released import pickles
 from models.encoders.released.archive import read_archive
 from models.encoders.released.common import DERIVED, State
-from models.encoders.released.magic import AGAIN, one_line, what_it_is
+from models.encoders.released.magic import AGAIN, Unfit, one_line, what_it_is
 
-DAMAGED = (  # what torch, zipfile and pickle make of a file that is not whole
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")  # come first: they are the better weights
 TEACHERS = ("target_encoder", "teacher")  # before the student whose average they are; beside a model they are others
 RUN = "task"  # of our own checkpoints
@@ -78,7 +63,7 @@ def read(path: Path) -> Content:
         raise ValueError(f"{one_line(path, 1000)} is a safetensors file cut short or damaged ({why}){AGAIN}") from error
     except Unfit as error:
         raise ValueError(f"{one_line(path, 1000)} {one_line(error)}") from error
-    except DAMAGED as error:
+    except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for a file that is not whole
         why = one_line(f"{type(error).__name__}: {error}", 120)
         raise ValueError(f"{one_line(path, 1000)} cannot be read, it is cut short or damaged ({why})") from error
     return content
@@ -109,8 +94,9 @@ def unwrapped(content: Any, metadata: dict[str, str], objects: list[str]) -> Con
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     whose = few(objects)
     if not state:
-        why = f" but objects of {whose}: give what their state_dict() holds" if objects else ""
-        raise Unfit(f"holds no tensors by name{why}")
+        if objects:
+            raise Objects(f"holds no tensors by name but objects of {whose}: give what their state_dict() holds")
+        raise Unfit("holds no tensors by name")
     if wrong := next((key for key in state if not (isinstance(key, str) and key.isprintable())), None):
         raise Unfit(f"has a tensor by the name {one_line(ascii(wrong), 60)}: no model has")
     state, others = without_prefixes(state)
@@ -139,8 +125,8 @@ def without_prefixes(state: State) -> tuple[State, Counter[str]]:
     return state, beside
 
 
-class Unfit(ValueError):
-    """A file is whole, but its tensors are of no use."""
+class Objects(Unfit):
+    """A file holds a module or the like, of which only the class itself could tell the tensors."""
 
 
 def check(state: State, size: int) -> None:
