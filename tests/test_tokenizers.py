@@ -225,7 +225,7 @@ def test_nothing_of_a_pickle_is_run(tmp_path):
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(), protocol=2))
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
     for name in ("trap.pkl", "trap.pt"):
-        with pytest.raises(ValueError, match=f"{name} (cannot be read|holds a whole module)"):
+        with pytest.raises(ValueError, match=f"{name} (is a pickle.*_pytest.outcomes|holds a whole module)"):
             load_tokenizer(f"dvae:{tmp_path}/{name}")
 
 

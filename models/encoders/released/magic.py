@@ -52,8 +52,9 @@ def what_it_is(path: Path) -> str:
     if head.startswith(SAVED):
         return "pickle"
     if re.match(rb"\x80[\x00-\x05]", head) or is_old_pickle(path):
-        check(names(path))
-        raise Unfit("is a pickle, but none of torch.save: give weights that torch.save or safetensors wrote")
+        check(found := names(path))
+        whose = f" (it names {one_line(', '.join(found), 80)})" if found else ""
+        raise Unfit(f"is a pickle, but none of torch.save{whose}: give weights that torch.save or safetensors wrote")
     text = head.decode("utf-8", "ignore")
     if re.match(r"\s*<(!doctype|html|head|\?xml|error)", text, re.I):
         raise Unfit("is a web page, saved in place of the file: download it again, and look at the page for why")
