@@ -19,6 +19,10 @@ MIXMIM_GRID = 56  # side of the grid at 224 px, from which MixMIM's fine-tuning 
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
+class Unfit(ValueError):
+    """A file holds no weights that are of use: why, in words that follow its name."""
+
+
 def plain(state: State, patch: int, width: int) -> dict:
     """The arguments that all plain transformers share."""
     return {

@@ -6,6 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from models.encoders.released.common import Unfit
 from models.encoders.released.pickles import check, names
 
 SAVED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the number with which files of torch.save began
@@ -24,10 +25,6 @@ PACKED = {
     b"\xff\xd8\xff": "is a picture",
     b"version https://git-lfs": "is a pointer of git-lfs, not the file itself: run `git lfs pull` where it is from",
 }
-
-
-class Unfit(ValueError):
-    """A file holds no weights that are of use: why, in words that follow its name."""
 
 
 def what_it_is(path: Path) -> str:

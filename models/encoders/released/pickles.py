@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from models.encoders.released.common import Unfit
+
 ALLOWED = [argparse.Namespace]  # MAE stores its options beside the weights
 ALLOWED_NAMES = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
 PLAIN = ("bool", "bytearray", "bytes", "complex", "dict", "float", "int", "list", "object", "set", "str", "tuple")
@@ -83,8 +85,11 @@ def load(path: Path) -> tuple[Any, list[str]]:
         with torch.serialization.safe_globals(stand_ins):
             try:
                 return torch.load(path, "cpu", weights_only=True, mmap=mapped), list(dict.fromkeys(met))
-            except pickle.UnpicklingError as error:  # of which the last words but a reference say why
-                raise ValueError(str(error).split("\n\n")[-2:][0]) from error
+            except pickle.UnpicklingError as error:
+                if met and "call reduce" in str(error):
+                    raise Refused(f"an object of {met[-1]}") from error
+                why = str(error).split("\n\n")[-2:][0]  # the last words but for a reference
+                raise Unfit(f"holds what torch reads only by running it ({why}): give a plain state_dict") from error
 
 
 def stand_in(name: str, met: list[str]) -> tuple[Any, str]:
@@ -98,7 +103,7 @@ def stand_in(name: str, met: list[str]) -> tuple[Any, str]:
         return OrderedDict()
 
     if name == "collections.defaultdict":
-        return make, name
+        return lambda *_: OrderedDict(), name
     if name in MADE:
         return type(name, (Value,), {}), name
     return Uncallable(name, (), {"__new__": make}), name

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from models.encoders.released import pickles
 from models.encoders.released.archive import read_archive
-from models.encoders.released.common import DERIVED, State
-from models.encoders.released.magic import AGAIN, Unfit, one_line, what_it_is
+from models.encoders.released.common import DERIVED, State, Unfit
+from models.encoders.released.magic import AGAIN, one_line, what_it_is
 
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")  # come first: they are the better weights
 TEACHERS = ("target_encoder", "teacher")  # before the student whose average they are; beside a model they are others
@@ -55,7 +55,7 @@ def read(path: Path) -> Content:
         check(content.state, path.stat().st_size)
     except pickles.Refused as error:
         raise ValueError(
-            f"{one_line(path, 1000)} is refused: it wants {one_line(error, 80)}, which only running code would give; "
+            f"{one_line(path, 1000)} is refused: to be read it wants to run {one_line(error, 80)}, and nothing was run; "
             "ask whoever made it for a safetensors file or a plain state_dict"
         ) from error
     except SafetensorError as error:
