@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.encoders.released.common import State
-from models.encoders.released.pickles import Refused, named
+from models.encoders.released.pickles import Refused, named, today
 
 
 def rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_) -> Tensor:
@@ -48,7 +48,7 @@ class Reader(pickle.Unpickler):
         if module == "__torch__" or module.startswith("__torch__."):
             return self.shell
         if f"{module}.{name}" not in KNOWN:
-            raise Refused(f"{module}.{name}")
+            raise Refused(today(module, name))
         return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, saved: tuple) -> Tensor:

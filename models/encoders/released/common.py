@@ -31,7 +31,8 @@ def plain(state: State, patch: int, width: int) -> dict:
         "depth": count(state, r"blocks\.(\d+)\."),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "final_norm": "norm.weight" in state,  # fine-tuning on the mean of the places norms after the mean
+        # fine-tuning on the mean of the places norms after the mean
+        "final_norm": "norm.weight" in state or "norm.bias" in state,
     }
 
 

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from models.encoders.released.common import Unfit
-from models.encoders.released.pickles import check, names
+from models.encoders.released.pickles import ZIP, check, names
 
 SAVED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the number with which files of torch.save began
 AGAIN = ": copy or download it again"
@@ -37,7 +37,7 @@ def what_it_is(path: Path) -> str:
         head = file.read(512)
     if not head.strip(b"\0"):
         raise Unfit("is empty" if not size else f"begins with {len(head)} zeros" + AGAIN)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(ZIP):
         return zipped(path, size)
     if head[5:9] == b"\0\0\0{":  # the length of a header, then JSON
         return "safetensors"

@@ -26,6 +26,7 @@ import torch
 
 from models.encoders.released.common import Unfit
 
+ZIP = b"PK\x03\x04"
 ALLOWED = [argparse.Namespace]  # MAE stores its options beside the weights
 ALLOWED_NAMES = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
 PLAIN = ("bool", "bytearray", "bytes", "complex", "dict", "float", "int", "list", "object", "set", "str", "tuple")
@@ -73,23 +74,36 @@ def load(path: Path) -> tuple[Any, list[str]]:
 
     Refused, a ValueError that names it, for a file that wants something run; otherwise torch's own errors.
     """
-    mapped = zipfile.is_zipfile(path)  # then only what is used is read
     with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
         warnings.simplefilter("ignore")  # of other protocols, which are refused
         try:
-            return torch.load(path, "cpu", weights_only=True, mmap=mapped), []
+            return saved(path), []
         except pickle.UnpicklingError:
             found, met = names(path), []
         check(found)
         stand_ins = [stand_in(name, met) for name in found if name not in ALLOWED_NAMES]
         with torch.serialization.safe_globals(stand_ins):
             try:
-                return torch.load(path, "cpu", weights_only=True, mmap=mapped), list(dict.fromkeys(met))
+                return saved(path), list(dict.fromkeys(met))
             except pickle.UnpicklingError as error:
                 if met and "call reduce" in str(error):
                     raise Refused(f"an object of {met[-1]}") from error
+                if "Unsupported operand" in str(error):
+                    raise Unfit("was pickled in another way: save it again by torch.save, with no protocol") from error
                 why = str(error).split("\n\n")[-2:][0]  # the last words but for a reference
                 raise Unfit(f"holds what torch reads only by running it ({why}): give a plain state_dict") from error
+
+
+def saved(path: Path) -> Any:
+    if path.suffix == ".safetensors":  # else torch believes the name
+        with open(path, "rb") as file:
+            return torch.load(file, "cpu", weights_only=True)
+    return torch.load(path, "cpu", weights_only=True, mmap=is_zip(path))  # mapped, only what is used is read
+
+
+def is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == ZIP
 
 
 def stand_in(name: str, met: list[str]) -> tuple[Any, str]:
@@ -118,7 +132,7 @@ def check(found: list[str]) -> None:
 
 def names(path: Path) -> list[str]:
     """The "module.name" of all that the pickles in a file name, in order. ValueError if they are damaged."""
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         with zipfile.ZipFile(path) as archive:
             inner = [name for name in archive.namelist() if name.endswith(".pkl")]
             return list(dict.fromkeys(name for member in inner for name in named(archive.open(member))))

@@ -55,14 +55,14 @@ def read(path: Path) -> Content:
         check(content.state, path.stat().st_size)
     except pickles.Refused as error:
         raise ValueError(
-            f"{one_line(path, 1000)} is refused: to be read it wants to run {one_line(error, 80)}, and nothing was run; "
+            f"{one_line(path, 1000)} is refused: to be read it wants to run {one_line(error, 80)}; nothing was run; "
             "ask whoever made it for a safetensors file or a plain state_dict"
         ) from error
     except SafetensorError as error:
         why = one_line(error, 80)
         raise ValueError(f"{one_line(path, 1000)} is a safetensors file cut short or damaged ({why}){AGAIN}") from error
     except Unfit as error:
-        raise ValueError(f"{one_line(path, 1000)} {one_line(error)}") from error
+        raise ValueError(f"{one_line(path, 1000)} {one_line(error, 400)}") from error
     except Exception as error:  # torch, zipfile and pickle raise a dozen kinds for a file that is not whole
         why = one_line(f"{type(error).__name__}: {error}", 120)
         raise ValueError(f"{one_line(path, 1000)} cannot be read, it is cut short or damaged ({why})") from error
@@ -97,8 +97,8 @@ def unwrapped(content: Any, metadata: dict[str, str], objects: list[str]) -> Con
         if objects:
             raise Objects(f"holds no tensors by name but objects of {whose}: give what their state_dict() holds")
         raise Unfit("holds no tensors by name")
-    if wrong := next((key for key in state if not (isinstance(key, str) and key.isprintable())), None):
-        raise Unfit(f"has a tensor by the name {one_line(ascii(wrong), 60)}: no model has")
+    if wrong := [key for key in state if not (isinstance(key, str) and key.isprintable())]:
+        raise Unfit(f"has a tensor by the name {one_line(ascii(wrong[0]), 60)}: no model has")
     state, others = without_prefixes(state)
     beside += [f"{what} {n}" for what, n in others.items()]
     beside = [one_line(name, 40) for name in beside] + ([f"objects of {whose}"] if objects else [])
