@@ -75,7 +75,7 @@ def grids(
 def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, img_size: int | Sequence[int] | None) -> Tensor | None:
     """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
     old, _, prefix = grids(encoder, value, like, img_size)
-    if old is None or value.shape[2] != encoder.width:
+    if old is None or value.shape[::2] != (1, encoder.width):
         return None
     table = sincos(*old, encoder.width).flatten(0, 1)
     if value[:, :prefix].any() or not torch.allclose(value[0, prefix:].float(), table, atol=1e-5):

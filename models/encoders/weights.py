@@ -27,6 +27,7 @@ from models.encoders.resize import STEM, fit
 
 # what tensors lead to that do not fit together
 DAMAGED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+ELSEWHERE = "pretrained", "checkpoint_path"  # arguments by which timm would load something else
 ENCODER = "encoder.safetensors"  # in a run's folder
 
 
@@ -151,8 +152,10 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGED as error:
-        kind = "" if isinstance(error, ValueError) else f"what is in it does not fit together: {type(error).__name__}: "
-        raise ValueError(f"{one_line(path, 1000)}: {kind}{one_line(error, 1000)}") from error
+        why = one_line(error, 1000)
+        if not isinstance(error, ValueError):
+            why = f"what is in it does not fit together ({type(error).__name__}: {why[:120]})"
+        raise ValueError(f"{one_line(path, 1000)}: {why}") from error
 
 
 def ours(path: Path, metadata: dict[str, str], state: State) -> Weights:
@@ -160,10 +163,17 @@ def ours(path: Path, metadata: dict[str, str], state: State) -> Weights:
     try:
         plan, norm, method = (json.loads(metadata.get(key, "null")) for key in ("encoder", "normalization", "method"))
         name, in_chans, args = plan["name"], plan["in_chans"], dict(plan["args"])
-        if norm is not None and not all(float(n) == n for n in norm["mean"] + norm["std"]):
+        right = isinstance(name, str) and isinstance(in_chans, int) and isinstance(method or {}, dict)
+        if not right or norm is not None and not all(float(n) == n for n in norm["mean"] + norm["std"]):
             raise ValueError
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError("its metadata, which tell how the encoder is built, are damaged") from error
+    args = {key: value for key, value in args.items() if not key.startswith(ELSEWHERE)}
+    with torch.device("meta"):
+        like = build_encoder(name, in_chans, **args).state_dict()
+    wrong = [key for key, value in state.items() if key in like and value.shape != like[key].shape]
+    if wrong:
+        raise ValueError(f"its metadata describe another encoder than its tensors are of{named('misfits', wrong)}")
     return Weights(path, "ours", name, in_chans, args, state, norm, method=method)
 
 
@@ -252,7 +262,7 @@ def load_state(
             misfits.append(f"{key} ({value.dtype} in the file, {own[key].dtype} here)")
         elif key in own:
             fits, how = fit(encoder, key, value.to(own[key].dtype), own[key], img_size)
-            if fits is None:
+            if fits is None or fits.shape != own[key].shape:
                 misfits.append(f"{key} ({shape(value)} in the file, {shape(own[key])} here)")
             else:
                 fitted[key] = fits
