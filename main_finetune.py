@@ -30,7 +30,7 @@ def builders(part: str, name: str) -> list[Callable]:
 def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     """One transfer of a config, from its beginning or from where its folder left it; gives the final figures."""
     from models.encoders.build import build_encoder  # heavy imports come once the config is known to be right
-    from models.encoders.weights import load_encoder, load_normalization
+    from models.encoders.weights import checksum, load_encoder, load_normalization, untouched
     from models.transfer.frozen import nearest_neighbours
     from models.transfer.recipes import TASKS
     from util import checkpoint, start
@@ -61,6 +61,7 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
     if len(found.classes) < 2:
         raise UserError(f"there is one class alone in {data.root}, {found.classes[0]}: nothing to tell apart")
     batches = start.Batches(data, run, found, stored, device, log)
+    loaded = checksum(encoder)
     encoder.to(device).set_grad_checkpointing(run.checkpointing)
     start.describe(encoder.plan["name"], encoder, encoder.in_chans, size, log)
     tests = batches.once(found.val)
@@ -72,6 +73,9 @@ def finetune(config: Finetune, plain: dict) -> dict[str, float]:
         log.figures(0, figures)
     else:
         task = build("task", config.task, {**TASKS, "knn": None}, encoder, len(found.classes)).to(device)
+        if config.weights != "none":
+            with told("weights"):
+                log(f"weights   {untouched(encoder, loaded, task)}")
         if task.mixer is not None:
             start.check_pairs("mixup or cutmix", data, run)
         start.try_sizes(task, data, encoder.in_chans, device)

@@ -40,6 +40,7 @@ def builders(part: str, name: str) -> list[Callable]:
 
 def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     """One run of a config, from its beginning or from where its folder left it; gives the final figures."""
+    from models.encoders.weights import checksum, untouched
     from util import checkpoint, start
     from util.data.transforms import Augment
     from util.train import judge, seed, train
@@ -58,6 +59,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     if weights is not None and begun:
         log(f"weights   {config.weights} is where this run began; it goes on from its own checkpoint")
     whole = None if weights is None else begun or load(task, config, method, weights, log)
+    loaded = checksum(task.encoder)
     task.encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)
     start.describe(task.encoder.plan["name"], task.encoder, channels, first_size(config), log)
@@ -69,6 +71,8 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     optimizer = start.optimizer(task, optim, start.encoder_pace(optim, loader.plan, whole, log))
     evaluate = watch(task, method, config, found, batches, loader.plan.epoch, log)
     if weights is not None and not begun:
+        with told("weights"):
+            log(f"weights   {untouched(task.encoder, loaded, task)}")
         judge(task, evaluate, 0, run, log)  # what the run starts from, before it moves
 
     figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)

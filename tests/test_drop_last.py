@@ -190,6 +190,6 @@ def test_from_pretraining_to_fine_tuning(tmp_path, capsys):
     for task in ("knn", "linear"):  # nothing would train what is fresh
         finetune(task, tmp_path / "run", root, tmp_path / task)
         said = capsys.readouterr().out
-        assert "fresh" not in said and "tensors" in said
+        assert "now fresh" not in said and "tensors" in said
     with pytest.raises(UserError, match="drop_last is 3 of 3 blocks"):
         pretrain(root, tmp_path / "none", "--encoder.args", DEEPER.replace("drop_last: 2", "drop_last: 3"))

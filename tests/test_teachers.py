@@ -141,10 +141,13 @@ def test_files_that_are_no_teachers(tmp_path):
         (f"clip:{tmp_path}/missing.pth", "missing.pth is no whole teacher: .*missing 4: vit.blocks.1.mlp.fc1.weight"),
         (f"clip:{tmp_path}/wrong.pth", "wrong.pth is no teacher: its tower gives 64 channels, its projection takes 63"),
         (f"clip:{tmp_path}/shape.pth", r"no whole teacher: .*vit.norm.bias \(63 in the file, 64 here\)"),
-        (f"clip:{tmp_path}/code.pth", "code.pth cannot be read"),
-        (f"clip:{tmp_path}/cut.pt", "cut.pt cannot be read, it may be cut short"),
-        (f"clip:{tmp_path}/text.pt", "text.pt cannot be read"),
-        (f"clip:{tmp_path}/cut.safetensors", "cut.safetensors cannot be read"),
+        (
+            f"clip:{tmp_path}/code.pth",
+            "code.pth holds no tensors by name but objects of torch.nn.*Linear",
+        ),
+        (f"clip:{tmp_path}/cut.pt", "cut.pt is a zip archive that is cut short or damaged at"),
+        (f"clip:{tmp_path}/text.pt", "text.pt is a text that begins .no weights at all"),
+        (f"clip:{tmp_path}/cut.safetensors", "cut.safetensors is a safetensors file cut short"),
         (f"clip:{tmp_path}/nothing.pt", "there is no teacher at .*nothing.pt"),
         (f"moco:{tmp_path}/mae.pth", "no teacher is called .*clip:FILE, .* timm:NAME"),
         ("timm:vit_base_patch16_clip_quickgelu_224.opnai", "nearest are vit_base_patch16_clip_quickgelu_224.openai"),
@@ -170,7 +173,7 @@ def test_an_archive_that_asks_for_code_is_refused(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         archive.writestr("evil/constants.pkl", b"")
         archive.writestr("evil/data.pkl", pickle.dumps(Reads()))
-    with pytest.raises(ValueError, match="cannot be read.*it holds a builtins.print"):
+    with pytest.raises(ValueError, match="is refused: to be read it wants to run builtins.print;"):
         load_teacher(f"clip:{tmp_path / 'evil.pt'}")
     assert "ran" not in capsys.readouterr().out
 

@@ -190,7 +190,7 @@ def test_files_that_are_no_tokenizers_are_refused_in_one_line(tmp_path):
     for source, message in [
         ("dvae:nowhere.pt", "there is no tokenizer at .*nowhere.pt: give dvae:FILE .*vqkd:FILE .*folder"),
         ("dalle:dvae.pt", "there is no tokenizer at dalle:"),
-        ("dvae:cut.pt", "cannot be read, it may be cut short"),
+        ("dvae:cut.pt", "is a zip archive that is cut short or damaged"),
         (
             "dvae:module.pkl",
             r"holds a whole module.*pip install DALL-E.*module.pkl.pt.*weights_only=False\).state_dict",
@@ -225,7 +225,7 @@ def test_nothing_of_a_pickle_is_run(tmp_path):
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(), protocol=2))
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
     for name in ("trap.pkl", "trap.pt"):
-        with pytest.raises(ValueError, match=f"{name} (cannot be read|holds a whole module)"):
+        with pytest.raises(ValueError, match=f"{name} (is a pickle.*_pytest.outcomes|holds a whole module)"):
             load_tokenizer(f"dvae:{tmp_path}/{name}")
 
 

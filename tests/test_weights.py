@@ -254,9 +254,9 @@ def test_files_that_cannot_be_read(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "empty.pth").write_bytes(b"")
     for source, message in [
-        ("cut.safetensors", "cannot be read, it may be cut short"),
-        ("mae:cut.pth", "cannot be read, it may be cut short"),
-        ("mae:empty.pth", "cannot be read, it may be cut short"),
+        ("cut.safetensors", "is a safetensors file cut short or damaged"),
+        ("mae:cut.pth", "is a zip archive that is cut short or damaged at 5000 bytes"),
+        ("mae:empty.pth", "is empty"),
         ("mae:list.pth", "holds no tensors by name"),
         ("state.pth", "holds no encoder that is known here; its keys begin with vit.cls_token"),
         ("mae:state.pth", "holds no encoder that is known here"),

@@ -33,8 +33,8 @@ def fit(
         return fixed_positions(encoder, value, like, grid), None
     if value.shape == like.shape:
         return value, None
-    if [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]:
-        return value.reshape(like.shape), None  # a 1x1 convolution is a linear layer
+    if alike(value, like):
+        return value.reshape(like.shape), None
     if key.startswith(STEM) and value.ndim == like.ndim == 4 and len(value) == len(like):
         return fit_stem(encoder, value, like)
     if key in POSITIONS and value.ndim == like.ndim == 3 and value.shape[2] == like.shape[2]:
@@ -54,6 +54,11 @@ def fit(
     return None, None
 
 
+def alike(value: Tensor, like: Tensor) -> bool:
+    """Whether shapes are the same but for sides of 1: a 1x1 convolution is a linear layer."""
+    return [n for n in value.shape if n > 1] == [n for n in like.shape if n > 1]
+
+
 def grids(
     encoder: Encoder, table: Tensor, like: Tensor, grid: tuple[int, int] | None
 ) -> tuple[tuple[int, int] | None, tuple[int, int], int]:
@@ -71,7 +76,7 @@ def grids(
 def fixed_positions(encoder: ViT, value: Tensor, like: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
     """The encoder's own sine-cosine table, if that is what the file holds, for whichever grid."""
     old, _, prefix = grids(encoder, value, like, grid)
-    if old is None or value.shape[2] != encoder.width:
+    if old is None or value.shape[::2] != (1, encoder.width):
         return None
     table = sincos(*old, encoder.width).flatten(0, 1)
     if value[:, :prefix].any() or not torch.allclose(value[0, prefix:].float(), table, atol=1e-5):

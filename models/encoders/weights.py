@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.encoders import released
 from models.encoders.build import build_encoder
@@ -21,9 +22,15 @@ from models.encoders.released.convnext import dense
 from models.encoders.released.derived import check_derived
 from models.encoders.released.fetch import fetch
 from models.encoders.released.layout import Family
-from models.encoders.released.read import Content, read
+from models.encoders.released.magic import one_line
+from models.encoders.released.read import RUN, Content, read
 from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
+
+# what tensors lead to that do not fit together
+DAMAGED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+ELSEWHERE = "pretrained", "checkpoint_path"  # arguments by which timm would load something else
+ENCODER = "encoder.safetensors"  # in a run's folder
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Weights:
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
     method:        {"name", "args"} with which a run of ours, or what transformers wrote, builds its method
     remarks:       what was taken for granted, since the file does not tell it
+    average:       the wrapper of averaged weights, such as "model_ema", from which the tensors are; None if of none
     """
 
     path: Path
@@ -55,6 +63,7 @@ class Weights:
     family: Family | None = None
     method: dict | None = None
     remarks: list[str] = field(default_factory=list)
+    average: str | None = None
 
 
 def load_encoder(
@@ -80,7 +89,8 @@ def load_encoder(
     found = open_weights(source, changes.get("encoder", ""))
     absent = set()
     if whole and found.args.get("drop_last") and "drop_last" not in changes:
-        absent = left_out(found.name, found.in_chans, found.args | changes)
+        with told(found.path):
+            absent = left_out(found.name, found.in_chans, found.args | changes)
         del found.args["drop_last"]
     encoder = build_found(found, **changes)
     load_found(encoder, found, allow_partial, log, absent)
@@ -93,10 +103,8 @@ def build_found(found: Weights, **changes) -> Encoder:
     args = found.args | changes
     if args.get("num_heads", 1) is None:
         raise ValueError(f"{found.path} does not tell how many attention heads its encoder has: give num_heads")
-    try:
+    with told(found.path):
         return build_encoder(name, in_chans, **args)
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from error
 
 
 def load_found(
@@ -107,13 +115,12 @@ def load_found(
     absent: Collection[str] = (),
 ) -> None:
     """Load what a file says into an encoder, as `load_state` does; `log` receives its line, errors name the file."""
-    told = found.ignored, found.args.get("img_size"), absent, found.beside
-    try:
-        line = load_state(encoder, found.state, allow_partial, *told)
-    except ValueError as error:
-        raise ValueError(f"{found.path}: {error}") from error
+    known = found.ignored, found.args.get("img_size"), absent, found.beside
+    with told(found.path):
+        line = load_state(encoder, found.state, allow_partial, *known)
     if log is not None:
-        log(f"{found.path} ({found.origin}): {'; '.join([line, *found.remarks])}")
+        which = f", the average in {found.average}" if found.average else ""
+        log(f"{found.path} ({found.origin}{which}): {'; '.join([line, *found.remarks])}")
 
 
 def left_out(name: str, in_chans: int, args: dict) -> set[str]:
@@ -138,16 +145,60 @@ def open_weights(source: str, name: str = "") -> Weights:
     """
     kind, path = locate(source)
     content = read(path)
-    if "encoder" in content.metadata:
-        plan, norm, method = (
-            json.loads(content.metadata.get(key, "null")) for key in ("encoder", "normalization", "method")
-        )
-        own = plan["name"], plan["in_chans"], plan["args"], content.state, norm
-        return Weights(path, "ours", *own, method=method)
-    try:
+    with told(path):
+        if "encoder" in content.metadata:
+            return ours(path, content.metadata, content.state)
+        if content.wrappers == [RUN]:
+            return of_run(path, content.state)
         return translate(path, kind, content, name)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What a damaged file leads to inside becomes one line, a ValueError, that begins with the file."""
+    try:
+        yield
+    except DAMAGED as error:
+        why = one_line(error, 1000)
+        if not isinstance(error, ValueError):
+            why = f"what is in it does not fit together ({type(error).__name__}: {why[:120]})"
+        raise ValueError(f"{one_line(path, 1000)}: {why}") from error
+
+
+def ours(path: Path, metadata: dict[str, str], state: State) -> Weights:
+    """What the metadata of an encoder of ours tell."""
+    try:
+        plan, norm, method = (json.loads(metadata.get(key, "null")) for key in ("encoder", "normalization", "method"))
+        name, in_chans, args = plan["name"], plan["in_chans"], dict(plan["args"])
+        right = isinstance(name, str) and isinstance(in_chans, int) and isinstance(method or {}, dict)
+        if not right or norm is not None and not all(float(n) == n for n in norm["mean"] + norm["std"]):
+            raise ValueError
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError("its metadata, which tell how the encoder is built, are damaged") from error
+    args = {key: value for key, value in args.items() if not key.startswith(ELSEWHERE)}
+    with torch.device("meta"):
+        like = build_encoder(name, in_chans, **args).state_dict()
+    wrong = [key for key, value in state.items() if key in like and value.shape != like[key].shape]
+    if wrong:
+        raise ValueError(f"its metadata describe another encoder than its tensors are of{named('misfits', wrong)}")
+    return Weights(path, "ours", name, in_chans, args, state, norm, method=method)
+
+
+def of_run(path: Path, state: State) -> Weights:
+    """The encoder in a checkpoint with which a run of ours goes on; how it is built is told by the one beside it."""
+    beside = path.with_name(ENCODER)
+    if not beside.is_file():
+        raise ValueError(f"it is a checkpoint to go on from; how its encoder is built is told by {ENCODER}, which is "
+                         "not beside it: give the run's folder, or that file")  # fmt: skip
+    told_by = read(beside)
+    ends = [key.removesuffix(first) for first in list(told_by.state)[:1] for key in state if key.endswith(first)]
+    whole = [start for start in ends if all(start + key in state for key in told_by.state)]
+    if not whole:
+        raise ValueError(f"it holds no encoder as {beside} describes: they are of different runs")
+    start = max(whole, key=lambda start: start.startswith("average."))  # which is the one exported, if there is one
+    found = ours(path, told_by.metadata, {key: state[start + key] for key in told_by.state})
+    found.ignored = Counter(key.split(".")[0] for key in state if not key.startswith(start))
+    return found
 
 
 def locate(source: str) -> tuple[str, Path]:
@@ -172,21 +223,21 @@ def translate(path: Path, kind: str, content: Content, name: str = "") -> Weight
         assumed = [] if theirs.args else family.assumes(state, args)
     except KeyError as error:
         raise ValueError(f"it is no checkpoint of {origin}: it has no {error.args[0]}") from error
-    ours, ignored = {}, Counter()
+    found, ignored = {}, Counter()
     for key, value in state.items():
         new = family.rename(key)
         if new is not None:
-            ours[new] = dense(key, value)
+            found[new] = dense(key, value)
         else:
             ignored[what(key)] += 1
-    stem = next((value for key, value in ours.items() if value.ndim == 4 and key.startswith(STEM)), None)
+    stem = next((value for key, value in found.items() if value.ndim == 4 and key.startswith(STEM)), None)
     if stem is None:
         raise ValueError(f"it is no checkpoint of {origin}: its patch embedding is missing")
     norm, guessed = theirs.normalization or norm, [] if theirs.normalization else guessed
     beside = content.beside + [f"{key}, which is not what is computed in its place" for key in strange[:1]]
     remarks += [f"assumed: {', '.join(assumed + guessed)}"] if assumed + guessed else []
-    told = ignored, beside, state, family, theirs.method, remarks
-    return Weights(path, origin, name, stem.shape[1], args | theirs.args, ours, norm, *told)
+    rest = norm, ignored, beside, state, family, theirs.method, remarks, content.average
+    return Weights(path, origin, name, stem.shape[1], args | theirs.args, found, *rest)
 
 
 def identify(path: Path, kind: str, content: Content, name: str) -> tuple[str, Family, State, dict, list[str]]:
@@ -226,22 +277,25 @@ def load_state(
     """Load tensors of our keys into an encoder, resized where its grid, windows or channels differ; one line on it.
 
     img_size is what the file's encoder was built for, if known; absent are the keys that it did without; ignored and
-    beside are told. ValueError, with figures and the first keys, if any other of the encoder is missing or any of the
-    file is left over, unless allow_partial.
+    beside are told. Numbers of other floating types are converted. ValueError, with figures and the first keys, if any
+    other of the encoder is missing or any of the file is left over, unless allow_partial; the encoder is as before.
     """
-    ignored, resized, misfits = Counter(ignored), Counter(), []
+    ignored, resized, converted, misfits = Counter(ignored), Counter(), Counter(), []
     own, fitted = encoder.state_dict(), {}
     state, grid = share_table(encoder, state), grid_of(encoder, state, img_size)
     for key, value in state.items():
         if not encoder.normed and key.startswith("vit.norm."):
             ignored["norm"] += 1
+        elif key in own and value.is_floating_point() != own[key].is_floating_point():
+            misfits.append(f"{key} ({value.dtype} in the file, {own[key].dtype} here)")
         elif key in own:
-            fits, how = fit(encoder, key, value, own[key], grid)
-            resized.update([how] if how else [])
-            if fits is None:
+            fits, how = fit(encoder, key, value.to(own[key].dtype), own[key], grid)
+            if fits is None or fits.shape != own[key].shape:
                 misfits.append(f"{key} ({shape(value)} in the file, {shape(own[key])} here)")
             else:
                 fitted[key] = fits
+                resized.update([how] if how else [])
+                converted.update([f"{value.dtype}".removeprefix("torch.")] if value.dtype != own[key].dtype else [])
     missing = [key for key in own if key not in fitted and key not in state and key not in absent]
     unread = [key for key in state if key not in own and not (key.startswith("vit.norm.") and not encoder.normed)]
     decoder = ignored.pop("decoder", 0)
@@ -249,6 +303,7 @@ def load_state(
         f"encoder {len(fitted)}/{len(own)} tensors, {count(fitted)}/{count(own)} parameters"
         + (f"; decoder {decoder}" if decoder else "")
         + listed("resized", [how if n == 1 else f"{how} ({n})" for how, n in resized.items()])
+        + listed("to float32", [f"{kind} ({n})" for kind, n in converted.items()])
         + listed("ignored", [*(f"{what} {n}" for what, n in ignored.items()), *beside])
         + listed("left out in pretraining, now fresh", owners(encoder, [key for key in absent if key not in fitted]))
     )
@@ -264,8 +319,23 @@ def checksum(encoder: Encoder) -> int:
     """A number that changes with any bit of an encoder's weights: equal numbers prove that nothing was touched."""
     number = 0
     for value in encoder.state_dict().values():
-        number = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), number)
+        number = zlib.crc32(value.detach().cpu().flatten().view(torch.uint8).numpy(), number)
     return number
+
+
+def untouched(encoder: Encoder, loaded: int, whole: nn.Module) -> str:
+    """A line that proves that an encoder is as it was loaded, and tells what else of `whole`, its task, is fresh.
+
+    loaded: its `checksum` right after loading. ValueError if it is another now.
+    """
+    now = checksum(encoder)
+    if now != loaded:
+        raise ValueError(f"the encoder was loaded as {loaded:08x} and is {now:08x} now: something has set it up again")
+    own = {id(value) for value in [*encoder.parameters(), *encoder.buffers()]}
+    fresh = Counter(
+        name.split(".")[0] for name, value in whole.named_parameters() if value.requires_grad and id(value) not in own
+    )
+    return f"{now:08x}, untouched since loading" + listed("fresh", [f"{name} {n}" for name, n in fresh.items()])
 
 
 def owners(encoder: Encoder, keys: Collection[str]) -> list[str]:

@@ -12,7 +12,8 @@ from models.encoders.released.common import State, count
 from models.encoders.released.convnext import dense
 from models.encoders.released.heads import HEADS, ORDER, method_key
 from models.encoders.released.read import read
-from models.encoders.weights import Weights, build_found, load_found, named, open_weights, shape
+from models.encoders.resize import alike
+from models.encoders.weights import Weights, build_found, load_found, named, open_weights, shape, told
 from models.mim.method import MIM
 from models.mim.recipes import METHODS
 from models.targets.target import HOG, Pixels
@@ -62,12 +63,10 @@ def load_weights(
     log: receives a line on each. ValueError in one line, with figures and the first keys, if any tensor of either is
     missing, left over or of another shape, unless allow_partial.
     """
-    load_found(mim.encoder, found, allow_partial, log)
-    state = head_state(mim, found)
-    if not state:
-        return False
+    with told(found.path):
+        state = head_state(mim, found)
     own = beside_encoder(mim, mim.state_dict())
-    misfits = [k for k in state if k in own and state[k].numel() != own[k].numel()]
+    misfits = [k for k in state if k in own and not alike(state[k], own[k])]
     fitted = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k not in misfits}
     line = f"decoder {len(fitted)}/{len(own)} tensors"
     wrong = (
@@ -75,12 +74,13 @@ def load_weights(
         + named("unread", [k for k in state if k not in own])
         + named("of other shape", [f"{k} ({shape(state[k])} in the file, {shape(own[k])} here)" for k in misfits])
     )
-    if wrong and not allow_partial:
+    if state and wrong and not allow_partial:
         raise ValueError(f"{found.path}: the decoder does not fit: {line}{wrong}; allow_partial loads what fits")
+    load_found(mim.encoder, found, allow_partial, log)  # when nothing can go wrong with the decoder any more
     mim.load_state_dict(fitted, strict=False)
-    if log is not None:
+    if state and log is not None:
         log(f"{found.path} ({found.origin}): {line}{wrong}")
-    return not wrong
+    return bool(state) and not wrong
 
 
 def beside_encoder(mim: nn.Module, state: State) -> State:
@@ -92,7 +92,7 @@ def beside_encoder(mim: nn.Module, state: State) -> State:
 def head_state(mim: nn.Module, found: Weights) -> State:
     """What lies beside a file's encoder, by the method's keys and in its order; empty if there is nothing."""
     if found.origin == "ours":
-        return run_state(mim, found.path.with_name(CHECKPOINT))
+        return run_state(mim, found.path if found.path.suffix == ".pt" else found.path.with_name(CHECKPOINT))
     state = {}
     for key, value in found.others.items() if found.origin in HEADS else ():
         new = method_key(found.origin, key, found.family.rename)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
 
 from models.encoders.build import build_encoder
-from models.encoders.released.read import read
+from models.encoders.released.pickles import Refused
+from models.encoders.released.read import Objects, read
 from models.encoders.weights import named
 from models.targets import dvae, quantized
 from models.targets.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def load_tokenizer(source: str, in_chans: int = 3) -> Tokenizer:
         why = f"it has no {error.args[0]}{advice(kind, path, content.metadata)}"
         raise ValueError(f"{path} is no tokenizer of {kind or 'ours'}: {why}") from error
     except ValueError as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError) and "GLOBAL" in str(error.__cause__):
+        if isinstance(error.__cause__, (Objects, Refused)):
             raise ValueError(
                 f"{path} holds a whole module, which would run code: if you trust it, pip install DALL-E and keep its "
                 f'tensors alone, in {path}.pt, by python -c "{CONVERT.format(path)}"'

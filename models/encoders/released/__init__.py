@@ -129,6 +129,7 @@ ORIGINS: tuple[tuple[str, Callable[[State], bool]], ...] = (  # else the family'
     ("milan", guesses_features),
     ("mae", begins("decoder_")),
 )
+OWNERS = ("encoder.", "backbone.", "module.", "_orig_mod.", "model.")  # before all keys of a file of an encoder alone
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 CLIP = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -162,6 +163,8 @@ def recognise(state: State, name: str = "") -> tuple[str, Family, State]:
     for dialect in DIALECTS:
         if dialect.speaks(state):
             state = dialect.official(state)
+    while owner := next((owner for owner in OWNERS if all(key.startswith(owner) for key in state)), None):
+        state = {key.removeprefix(owner): value for key, value in state.items()}
     fitting = [family for family in FAMILIES if name == family.name or family.holds(state)]
     family = next((family for family in fitting if family.name == name), fitting[0] if fitting else None)
     if family is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.encoders.released.common import State
+from models.encoders.released.pickles import Refused, named, today
 
 
 def rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_) -> Tensor:
@@ -36,17 +37,18 @@ class Shell:
 
 
 class Reader(pickle.Unpickler):
-    """Reads tensors, plain values and shells; UnpicklingError for anything else."""
+    """Reads tensors, plain values and shells; Refused for anything else."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}data.pkl"))
         self.archive, self.root = archive, root
+        self.shell = type("Shell", (Shell,), {})  # the file's own, so that it can change no other
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
-            return Shell
+            return self.shell
         if f"{module}.{name}" not in KNOWN:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+            raise Refused(today(module, name))
         return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, saved: tuple) -> Tensor:
@@ -56,12 +58,12 @@ class Reader(pickle.Unpickler):
 
 
 def read_archive(path: Path) -> State:
-    """The tensors of a TorchScript module by their names; none if the file is no such archive."""
-    if not zipfile.is_zipfile(path):
-        return {}
+    """The tensors of a TorchScript module by their names. Refused if the file wants something else."""
     with zipfile.ZipFile(path) as archive:
-        roots = [name.removesuffix("constants.pkl") for name in archive.namelist() if name.endswith("/constants.pkl")]
-        return dict(tensors(Reader(archive, roots[0]).load())) if roots else {}
+        root = next(n for n in archive.namelist() if n.endswith("/constants.pkl")).removesuffix("constants.pkl")
+        with archive.open(f"{root}data.pkl") as file:
+            list(named(file))  # ValueError if it is made to fill the memory
+        return dict(tensors(Reader(archive, root).load()))
 
 
 def tensors(shell: Shell, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

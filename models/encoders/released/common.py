@@ -22,6 +22,10 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 14
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}  # where a head has not 64 channels
 
 
+class Unfit(ValueError):
+    """A file holds no weights that are of use: why, in words that follow its name."""
+
+
 def plain(state: State, patch: int, width: int) -> dict:
     """The arguments that all plain transformers share."""
     return {
@@ -30,7 +34,8 @@ def plain(state: State, patch: int, width: int) -> dict:
         "depth": count(state, r"blocks\.(\d+)\."),
         "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.weight"]), width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "final_norm": "norm.weight" in state,  # fine-tuning on the mean of the places norms after the mean
+        # fine-tuning on the mean of the places norms after the mean
+        "final_norm": "norm.weight" in state or "norm.bias" in state,
     }
 
 
