@@ -44,6 +44,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from util.visualize import panel, save_panel
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    start.settle(config, plain)
     start.check(data, optim, run)
     if data.augment != "none" or data.erase:
         raise UserError("pretraining crops, flips and jitters, no more: leave out data.augment and data.erase")
@@ -101,7 +102,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
                 sheet = panel(pictures.columns, pictures.caption)
                 log.picture(step, "reconstruction", sheet)
                 save_panel(folder / "reconstructions" / f"step_{step:07}.png", sheet)
-        normalization = {"mean": batches.mean, "std": batches.std, "size": size}
+        normalization = {"mean": batches.mean, "std": batches.std, "size": size, "crop": data.crop}
         checkpoint.export(folder / "encoder.safetensors", encoder, normalization)
         if hasattr(task, "tokenizer"):
             checkpoint.export(folder / "tokenizer.safetensors", task.tokenizer, normalization)

@@ -37,6 +37,7 @@ class Weights:
     beside:        what lies in the file beside tensors
     others:        all tensors of somebody else's file, in the official spelling, and the family of their keys
     method:        {"name", "args"} with which a run of ours built its method
+    licence:       of the weights; "unknown" if nobody says
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Weights:
     others: State = field(default_factory=dict)
     family: Family | None = None
     method: dict | None = None
+    licence: str = "unknown"
 
 
 def load_encoder(
@@ -136,7 +138,8 @@ def open_weights(source: str) -> Weights:
             json.loads(content.metadata.get(key, "null")) for key in ("encoder", "normalization", "method")
         )
         own = plan["name"], plan["in_chans"], plan["args"], content.state, norm
-        return Weights(path, "ours", *own, method=method)
+        told = content.metadata  # an export of weights of others tells who wrote them
+        return Weights(path, told.get("origin", "ours"), *own, method=method, licence=told.get("licence", "unknown"))
     try:
         return translate(path, kind, content)
     except ValueError as error:
