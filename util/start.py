@@ -82,7 +82,7 @@ def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
 
 
 def settle(config: Pretrain | Finetune, plain: dict, stored: dict | None = None, dtype: str = "bfloat16") -> None:
-    """What the options leave open is as stored with the weights, or else as usual; plain, the run's config, tells it."""
+    """What the options leave open is as stored with the weights, or else as usual; the run's plain config says so."""
     stored = stored or {}
     usual = {"data.size": stored.get("size", 224), "data.crop": stored.get("crop", 0.875), "run.dtype": dtype}
     for key, value in usual.items():

@@ -12,7 +12,12 @@ from models.encoders.encoder import Encoder
 if TYPE_CHECKING:
     from models.export.formats import Facts
 
-LIBRARIES = {"torchvision": "pytorch", "detectron2": "detectron2", "safetensors": "pytorch"}  # as hubs call them
+LIBRARIES = {"safetensors": "pytorch", "torchvision": "pytorch"}  # as hubs call them
+
+LICENCES = (  # as hubs spell them; any other is "other", by name
+    *("unknown", "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0"),
+    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+)
 
 
 def card(encoder: Encoder, facts: Facts, to: str, use: str, line: str) -> str:
@@ -21,8 +26,10 @@ def card(encoder: Encoder, facts: Facts, to: str, use: str, line: str) -> str:
     to, use: the format, and the Python that loads it. line: the measured difference from what it was converted from
     """
     name, method = encoder.plan["name"], (facts.method or {}).get("name") or pretrained_by(facts)
+    known = facts.licence.lower() in LICENCES
     header = {
-        "license": facts.licence.lower(),
+        "license": facts.licence.lower() if known else "other",
+        **({} if known else {"license_name": facts.licence}),
         "library_name": LIBRARIES.get(to, to),
         "pipeline_tag": "image-feature-extraction",
         "tags": [tag for tag in ("masked-image-modeling", method, name) if tag],
@@ -96,7 +103,11 @@ def scores(facts: Facts) -> str:
 
 
 def table(cells: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {escaped(value)} |" for key, value in cells.items())])
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def numbers(values: list[float]) -> str:

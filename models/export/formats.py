@@ -22,6 +22,9 @@ FORMATS = {  # who writes and reads each; imported when it is asked for
     "safetensors": "models.export.safetensors",
     "timm": "models.export.timm",
     "transformers": "models.export.hf",
+    "torchvision": "models.export.torchvision",
+    "detectron2": "models.export.detectron2",
+    "open_clip": "models.export.open_clip",
     "onnx": "models.export.onnx",
 }
 IMAGES, LIMIT = 8, 1e-4  # compared; the largest difference, as a part of the largest feature
@@ -108,7 +111,7 @@ def export(encoder: Encoder, facts: Facts, to: str, folder: str | Path, images: 
 class Export:
     """Write an encoder for other libraries, a folder each; the other library reads it back before it is kept.
 
-    to:      one of the formats, or several; safetensors, timm, transformers, onnx
+    to:      one of the formats, or several: safetensors, timm, transformers, torchvision, detectron2, open_clip, onnx
     licence: of the weights, where the file they are from does not tell it
     """
 

@@ -70,7 +70,7 @@ def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
 
 @contextlib.contextmanager
 def plain(encoder: Encoder) -> Iterator[None]:
-    """Without gradients, and with attention in products and a softmax: ONNX knows the fused one in 4 dimensions alone."""
+    """Without gradients, and with attention in plain products: the exporter knows the fused one in 4 dimensions alone."""
     fused = [part for part in encoder.modules() if getattr(part, "fused_attn", False)]
     learned = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     for part in fused:
@@ -86,7 +86,7 @@ def plain(encoder: Encoder) -> Iterator[None]:
 
 
 def any_size(model: Outside, encoder: Encoder, facts: Facts, folder: Path) -> bool:
-    """Whether there now is a graph that agrees with the encoder at sizes it was not traced at: wider, higher, smaller."""
+    """Whether there now is a graph that agrees with the encoder at sizes that it was not traced at."""
     (height, width), unit = facts.size, encoder.mask_unit
     generator = torch.Generator().manual_seed(0)
     try:

@@ -112,9 +112,9 @@ def open_images(
 
 
 def open_all(root: str | Sequence[str], channels: int | None = None, seed: int = 0) -> Dataset:
-    """Every image of a root or several, to train or to validate alike: in the order of their paths, a list's in its own.
+    """Every image of a root or several, training and validation alike; nothing is held out, no labels are needed.
 
-    Nothing is held out, and no labels are needed; a file counts once.
+    They come in the order of their paths, those of a list in its own; a file counts once.
     """
     roots = [root] if isinstance(root, str) else list(root)
     parts = [_open(one, split, False) for one in roots for split in (("train", "t10k") if _is_idx(one) else ("train",))]
