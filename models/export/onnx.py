@@ -70,7 +70,7 @@ def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
 
 @contextlib.contextmanager
 def plain(encoder: Encoder) -> Iterator[None]:
-    """Without gradients, and with attention in plain products: the exporter knows the fused one in 4 dimensions alone."""
+    """Without gradients, and with attention in plain products: the exporter knows the fused one in 4 dimensions."""
     fused = [part for part in encoder.modules() if getattr(part, "fused_attn", False)]
     learned = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     for part in fused:
