@@ -46,6 +46,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from util.train import judge, seed, train
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
+    start.settle(config, plain)
     check(config)
     device, log = start.begin(config, plain)
     weights, begun = read_weights(config), checkpoint.there(folder)
@@ -202,7 +203,7 @@ def watch(
     run, folder = config.run, Path(config.run.folder)
     held_out = batches.once(found.val, run.probe)
     bank = batches.once(found.pool, run.probe)  # the same for every data.fraction
-    normalization = {"mean": batches.mean, "std": batches.std, "size": first_size(config)}
+    normalization = {"mean": batches.mean, "std": batches.std, "size": first_size(config), "crop": config.data.crop}
     last: dict[str, float] = {}
 
     def evaluate(step: int) -> dict[str, float]:

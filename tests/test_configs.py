@@ -22,7 +22,7 @@ TRANSFERS = [
     *sorted((ROOT / "finetune").glob("*.yaml")),
     *(ROOT / f"quickstart/{t}.yaml" for t in ("linear", "finetune")),
 ]
-FINETUNE = [path for path in TRANSFERS if path.stem != "knn"]
+FINETUNE = [path for path in TRANSFERS if path.stem not in ("knn", "embed", "export")]
 
 
 def encoder_of(config, in_chans=3, **changes):

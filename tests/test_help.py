@@ -54,6 +54,10 @@ def test_the_arguments_of_tasks_and_their_encoders(capsys):
         assert "--encoder.args.stripes  (Sequence[int], default: (1, 2, 7))" in found
     found = said(main_finetune.main, capsys, "--task.name", "knn")
     assert "--task.args.k  (int, default: 20)" in found and "bank" not in found.split("task.args")[-1]
+    found = said(main_finetune.main, capsys, "--task.name", "export")
+    assert "--task.args.to  (str | list[str], needed)" in found and "--task.args.licence" in found
+    found = said(main_finetune.main, capsys, "--task.name", "embed")
+    assert "--task.args.what  (str, default: mean)" in found and "--task.args.to  (str, default: npy)" in found
 
 
 def test_a_name_that_does_not_exist_is_told():

@@ -57,6 +57,8 @@ def tiny(argv):
         "--data.mean",
         "--data.std",
         "--data.fraction",
+        "--task.args.to",
+        "--task.args.what",
     ]
     assert options.keys() <= {*kept, "--data.batch", "--data.size", "--run.epochs", "--run.per_device"}, (
         "an option that this test does not pass on"
@@ -108,10 +110,21 @@ def test_the_python_examples(folder, monkeypatch):
         test_every_command(folder, monkeypatch)
     space = {"images": torch.zeros(2, 3, 64, 64)}
     for block in blocks("python"):
-        exec(block, space)
+        if "features.npy" not in block:
+            exec(block, space)
     assert space["loss"].isfinite()
     assert space["features"].maps[-1].shape == (2, 24, 4, 4) and space["features"].prefix.shape == (2, 1, 24)
     assert load_encoder("output/mae_vit_base").plan["name"] == "vit_base_patch16_224"
+
+
+def test_the_example_of_features(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    if not (folder / "output/my_features").exists():
+        test_every_command(folder, monkeypatch)
+    space = {}
+    exec(next(block for block in blocks("python") if "my_features" in block), space)
+    assert space["features"].shape == (4, 24) and len(space["paths"]) == 4
+    assert (folder / "output/mae_vit_base_export/onnx/README.md").exists()
 
 
 def test_links_lead_somewhere():

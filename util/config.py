@@ -30,10 +30,11 @@ class Data:
 
     Args:
         root: folder of images at any nesting or ImageNet-style, text list, tar shards, fashion_mnist; or several, and
-            a file that several name counts once, for the first of them
+            a file that several name counts once, for the first of them; none, where no images are needed
         weights: of each of several roots, in proportion to which images are drawn; by default each image once an epoch
         val: held-out images of the same forms; by default a val part of root, or 1 % of it (at most 5,000)
-        size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]
+        size: side of an image in pixels, or [height, width], or a schedule [[from epoch, size], ...]; by default as
+            stored with the weights, or else 224
         batch: images of one optimizer step, over all processes, or a schedule such as [[0, 2048], [200, 1024]]
         scale: smallest and largest part of an image's area that a random crop takes; [1, 1] takes the whole image
         flip: probability of a horizontal flip
@@ -41,7 +42,7 @@ class Data:
         augment: policy of timm such as rand-m9-mstd0.5-inc1, or none
         jitter: strength of colour jitter, where augment is none
         erase: probability of random erasing
-        crop: part of the image's side that a test crop takes
+        crop: part of the image's side that a test crop takes; by default as stored with the weights, or else 0.875
         labels: number of labelled training images to use, spread evenly over the classes; by default all
         fraction: part of the training images to use, the smaller always within the larger; what is held out, measured
             or a neighbour in k-NN is the same for all
@@ -52,10 +53,10 @@ class Data:
         max_bad: part of the images that may be unreadable before the run stops
     """
 
-    root: str | list[str]
+    root: str | list[str] = "none"
     weights: list[float] | None = None
     val: str | None = None
-    size: int | tuple[int, int] | list[tuple[When, int | tuple[int, int]]] = 224
+    size: int | tuple[int, int] | list[tuple[When, int | tuple[int, int]]] | None = None
     batch: int | list[tuple[When, int]] = 256
     scale: tuple[float, float] = (0.2, 1.0)
     flip: float = 0.5
@@ -63,7 +64,7 @@ class Data:
     augment: str = "none"
     jitter: float = 0.0
     erase: float = 0.0
-    crop: float = 0.875
+    crop: float | None = None
     labels: int | None = None
     fraction: float = 1.0
     in_chans: int | None = None
@@ -133,7 +134,7 @@ class Run:
         per_device: images of one forward pass on one device, by default batch / processes; the rest is accumulated; or
             a schedule such as [[0, 256], [200, 128]]
         device: auto, cuda or cpu
-        dtype: bfloat16, float16 or float32
+        dtype: bfloat16, float16 or float32; by default bfloat16, and float32 for task embed
         compile: compile the model (minutes at the start, faster steps on GPUs)
         checkpointing: recompute activations in the backward pass, for a fraction of the memory
         seed: of weights, order, crops and masks
@@ -149,7 +150,7 @@ class Run:
     steps: int | None = None
     per_device: int | list[tuple[When, int]] | None = None
     device: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     compile: bool = False
     checkpointing: bool = False
     seed: int = 0
@@ -189,7 +190,7 @@ class Finetune:
     Args:
         weights: a run's folder, a file of whoever wrote it, a URL, hf:owner/name, timm:name, a release such as
             mae_vit_base (docs/weights.md), or none to start from scratch
-        task: finetune, linear or knn, and its arguments
+        task: finetune, linear, knn, embed or export, and its arguments
         encoder: what to build where weights is none
         changes: arguments of the encoder that differ in this run, such as drop_path_rate, or final_norm of a ViT
         allow_partial: go on where the weights do not cover the whole encoder

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,8 @@ class Log:
     """
 
     def __init__(self, folder: Path):
-        self.writer = self.file = None
+        self.folder, self.file = folder, None
         if dist.rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, which --help need not wait for
-
             self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, however a run ends
@@ -32,7 +31,13 @@ class Log:
                 raise UserError(
                     f"another run is writing {folder}: wait for it, or choose another run.folder"
                 ) from error
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    @cached_property
+    def curves(self):
+        """TensorBoard's writer, once there is something to draw."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        return SummaryWriter(str(self.folder / "tensorboard"))
 
     def __call__(self, text: str) -> None:
         """A remark, for the console and for log.jsonl."""
@@ -48,18 +53,19 @@ class Log:
             plain = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
             self.file.write(json.dumps({"time": round(time.time(), 1), "step": step, **plain}) + "\n")
             for name, value in figures.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+                self.curves.add_scalar(name, value, step)
+            self.curves.flush()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """An image (H, W, 3) uint8 for TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HWC")
+        if self.file is not None:
+            self.curves.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-            self.writer.close()
+            if "curves" in vars(self):
+                self.curves.close()
 
 
 def duration(seconds: float) -> str:

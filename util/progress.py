@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from util import dist
 from util.log import duration
 from util.plan import Plan
+
+EVERY = 10  # seconds between lines of a pass that trains nothing
 
 
 def line(step: int, steps: int, figures: dict[str, float]) -> str:
@@ -71,6 +74,29 @@ class Sums:
         del means["skipped"]
         self.clear()
         return means, skipped, streak
+
+
+class Count:
+    """Says how far a pass over images is, every ten seconds at most; `rate` is images/s so far.
+
+    total: images of this process, `done` of which were done before
+    """
+
+    def __init__(self, total: int, done: int, log: Callable[[str], None]):
+        self.total, self.before, self.done, self.log = total, done, done, log
+        self.began = self.told = time.perf_counter()
+
+    def __call__(self, images: int) -> None:
+        """So many more."""
+        self.done += images
+        if time.perf_counter() - self.told > EVERY or self.done == self.total:
+            self.told = time.perf_counter()
+            left = duration((self.total - self.done) / max(self.rate, 1e-9))
+            self.log(f"images    {self.done:,}/{self.total:,}  {self.rate:.0f} images/s  {left} left")
+
+    @property
+    def rate(self) -> float:
+        return (self.done - self.before) / max(time.perf_counter() - self.began, 1e-9)
 
 
 class Fed(Protocol):

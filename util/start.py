@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from util import checkpoint, dist, flops
 from util.config import Data, Finetune, Optim, Pretrain, Run, When
 from util.data.bad import BadImages
-from util.data.images import Dataset, Images, open_images
+from util.data.images import Dataset, Images, open_all, open_images
 from util.data.loader import Loader, Ordered, read_schedule
 from util.data.survey import measure, pick
 from util.data.transforms import CentreCrop, Transform
@@ -47,15 +47,15 @@ LEAST = {
 }
 
 
-def check(data: Data, optim: Optim, run: Run) -> None:
-    """UserError, before anything is read, for numbers and names that cannot be meant."""
+def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
+    """UserError, before anything is read, for numbers and names that cannot be meant; `images`: some are needed."""
     sections = {"data": data, "optim": optim, "run": run}
     for key, least in LEAST.items():
         section, name = key.split(".")
         for _, value in read_changes(key, getattr(sections[section], name)):
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}, but has to be at least {least}")
-    for _, size in read_schedule(data.size):
+    for _, size in [] if data.size is None else read_schedule(data.size):
         if min(size) < 1:
             side = size[0] if size[0] == size[1] else list(size)
             raise UserError(f"data.size is {side}, but has to be at least 1 px, as in 224 or [192, 256]")
@@ -72,7 +72,7 @@ def check(data: Data, optim: Optim, run: Run) -> None:
         ("run.device", run.device, ("auto", "cuda", "cpu")),
         ("optim.name", optim.name, ("adamw", "lamb", "lars", "sgd")),
     ):
-        if value not in choices:
+        if value is not None and value not in choices:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"optim.betas is {optim.betas}, but each has to be at least 0 and below 1")
@@ -83,10 +83,23 @@ def check(data: Data, optim: Optim, run: Run) -> None:
             f"optim.weight_decay goes from {optim.weight_decay} to {optim.weight_decay_end}, but has to start above 0 "
             "and end at 0 or above"
         )
+    if images and data.root == "none":
+        raise UserError("data.root is needed: a folder of images, a list, tar shards or fashion_mnist")
     if (data.mean is None) != (data.std is None):
         raise UserError("data.mean and data.std go together: give both or neither")
     if data.std is not None and min(data.std) <= 0:
         raise UserError(f"data.std is {data.std}, but has to be above 0 in every channel")
+
+
+def settle(config: Pretrain | Finetune, plain: dict, stored: dict | None = None, dtype: str = "bfloat16") -> None:
+    """What the options leave open is as stored with the weights, or else as usual; the run's plain config says so."""
+    stored = stored or {}
+    usual = {"data.size": stored.get("size", 224), "data.crop": stored.get("crop", 0.875), "run.dtype": dtype}
+    for key, value in usual.items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is None:
+            plain[section][name] = value if isinstance(value, (int, float, str)) else list(value)
+            setattr(getattr(config, section), name, value)
 
 
 def check_pairs(method: str, data: Data, run: Run) -> None:
@@ -133,6 +146,14 @@ def begin(config: Pretrain | Finetune, plain: dict) -> tuple[torch.device, Log]:
     return device, Log(Path(run.folder))
 
 
+def find_all(data: Data, seed: int, channels: int, log: Log) -> Dataset:
+    """Open all images of data.root, to train or to validate alike, and say what was found there."""
+    with dist.main_first():
+        found = open_all(data.root, channels, seed)
+    log(str(found.survey))
+    return found
+
+
 def find_data(data: Data, seed: int, labels: bool, channels: int | None, log: Log) -> Dataset:
     """Open data.root and say what was found there."""
     with dist.main_first():
@@ -167,14 +188,21 @@ class Batches:
         data, run = self.data, self.run
         return make_plan(len(self.found.train), data.batch, run.per_device, data.size, length(run), world)
 
-    def once(self, images: Images, most: int | None = None) -> Ordered:
-        """Every image once, or a fixed sample of at most `most`, cut from the centre at the last size of the plan."""
+    def few(self) -> int:
+        """Images at a time where nothing is trained; batches need not come out even over processes."""
+        last = self.plan(1).stages[-1]
+        return min(last.per_device, max(last.batch // dist.world(), 1))
+
+    def once(self, images: Images, most: int | None = None, parts: list[np.ndarray] | None = None) -> Ordered:
+        """Every image once, or a fixed sample of at most `most`, cut from the centre at the last size of the plan.
+
+        parts: the positions in each batch of this process, instead of its share of all
+        """
         if most is not None:
             images = images.take(np.sort(pick(len(images), most, 0)))
-        last = self.plan(1).stages[-1]  # where nothing is trained, batches need not come out even over processes
-        few, workers = min(last.per_device, max(last.batch // dist.world(), 1)), min(self.data.workers, 4)
-        crop = CentreCrop(self.data.crop, self.data.interpolation)
-        return Ordered(images, crop, few, last.size, self.mean, self.std, workers=workers, **self.where)
+        crop, size = CentreCrop(self.data.crop, self.data.interpolation), self.plan(1).stages[-1].size
+        where = {"workers": min(self.data.workers, 4), "parts": parts, **self.where}
+        return Ordered(images, crop, self.few(), size, self.mean, self.std, **where)
 
 
 def normalization(data: Data, images: Images, stored: dict | None) -> tuple[list[float], list[float], str]:

@@ -24,6 +24,7 @@ from models.encoders.released.fetch import fetch
 from models.encoders.released.layout import Family
 from models.encoders.released.magic import one_line
 from models.encoders.released.read import RUN, Content, read
+from models.encoders.released.releases import RELEASES
 from models.encoders.released.timm import module_of, native, read_config
 from models.encoders.resize import STEM, fit
 
@@ -48,6 +49,7 @@ class Weights:
     method:        {"name", "args"} with which a run of ours, or what transformers wrote, builds its method
     remarks:       what was taken for granted, since the file does not tell it
     average:       the wrapper of averaged weights, such as "model_ema", from which the tensors are; None if of none
+    licence:       of the weights; "unknown" if nobody says
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Weights:
     method: dict | None = None
     remarks: list[str] = field(default_factory=list)
     average: str | None = None
+    licence: str = "unknown"
 
 
 def load_encoder(
@@ -150,7 +153,9 @@ def open_weights(source: str, name: str = "") -> Weights:
             return ours(path, content.metadata, content.state)
         if content.wrappers == [RUN]:
             return of_run(path, content.state)
-        return translate(path, kind, content, name)
+        found = translate(path, kind, content, name)
+    found.licence = RELEASES[source].licence if source in RELEASES else "unknown"
+    return found
 
 
 @contextmanager
@@ -181,7 +186,8 @@ def ours(path: Path, metadata: dict[str, str], state: State) -> Weights:
     wrong = [key for key, value in state.items() if key in like and value.shape != like[key].shape]
     if wrong:
         raise ValueError(f"its metadata describe another encoder than its tensors are of{named('misfits', wrong)}")
-    return Weights(path, "ours", name, in_chans, args, state, norm, method=method)
+    told_by = {"method": method, "licence": metadata.get("licence", "unknown")}
+    return Weights(path, metadata.get("origin", "ours"), name, in_chans, args, state, norm, **told_by)
 
 
 def of_run(path: Path, state: State) -> Weights:

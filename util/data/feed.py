@@ -26,7 +26,7 @@ class Fetch:
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, work: Work) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The batch, and the bad images met on the way as (path, reason).
+        """The batch, and the bad images met on the way as (path, reason); "own" is False where another stands in.
 
         Positions from len(images) on are further copies of the same images, augmented differently.
         """
@@ -43,7 +43,8 @@ class Fetch:
             if len({part.dtype for part in parts}) > 1:
                 parts = [as_float(part) for part in parts]
             pixels = torch.cat(parts).contiguous()
-        batch = {"image": pixels, "index": torch.from_numpy(positions % len(self.images))}
+        index = positions % len(self.images)
+        batch = {"image": pixels, "index": torch.from_numpy(index), "own": torch.from_numpy(taken == index)}
         if self.images.labels is not None:
             batch["label"] = torch.from_numpy(self.images.labels[taken])
         return batch, bad

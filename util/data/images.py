@@ -8,7 +8,7 @@ from torch import Tensor
 
 from util.data.channels import match
 from util.data.decode import decode
-from util.data.mnist import Pixels, find_fashion_mnist, has_idx, open_idx
+from util.data.mnist import Pixels, append, find_fashion_mnist, has_idx, open_idx
 from util.data.sources import Joined, Source, once, open_source
 from util.data.subsets import choose, hold_out, read_classes, read_labels
 from util.data.survey import Survey, make_survey
@@ -111,9 +111,31 @@ def open_images(
     return Dataset(roots, pool, train, val_images, classes, survey)
 
 
+def open_all(root: str | Sequence[str], channels: int | None = None, seed: int = 0) -> Dataset:
+    """Every image of a root or several, training and validation alike; nothing is held out, no labels are needed.
+
+    They come in the order of their paths, those of a list in its own; a file counts once.
+    """
+    roots = [root] if isinstance(root, str) else list(root)
+    parts = [_open(one, split, False) for one in roots for split in (("train", "t10k") if _is_idx(one) else ("train",))]
+    if len(roots) == 1 and len(parts) == 2:
+        source, repeated = append(*parts), 0
+    else:
+        source, _, repeated = _join(parts)
+    rows = np.arange(len(source.names))
+    survey = make_survey(source, rows, 0, False, roots, channels, seed)
+    survey.repeated = repeated
+    images = Images(source, rows, survey.channels)
+    return Dataset(roots, images, images, images.take(rows[:0]), None, survey)
+
+
+def _is_idx(root: str) -> bool:
+    return root.partition(":")[0] == "fashion_mnist" or has_idx(Path(root))
+
+
 def _split(root: str) -> tuple[str, str | None]:
     """Where the training and the validation images of a root are; None for validation where it has none."""
-    if root.partition(":")[0] == "fashion_mnist" or has_idx(Path(root)):
+    if _is_idx(root):
         return root, root
     if "{" in root or not Path(root).is_dir():
         return root, None

@@ -88,7 +88,8 @@ class Loader:
 class Ordered:
     """Every image once, in order, split over processes without padding, so that their counts add up exactly.
 
-    batch: images at a time. Processes may differ in their number of batches: no collective inside the loop.
+    batch: images at a time; or `parts`, the positions in each batch of this process, instead of its share of all.
+    Processes may differ in their number of batches: no collective inside the loop.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class Ordered:
         world: int = 1,
         device: str | torch.device = "cpu",
         bad: BadImages | None = None,
+        parts: Sequence[np.ndarray] | None = None,
     ):
         self.size = as_size(size)
         mine = np.arange(rank, len(images), world)
-        self.parts = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+        self.parts = [mine[i : i + batch] for i in range(0, len(mine), batch)] if parts is None else parts
         self.feed = Feed(images, transform, seed, min(workers, len(self.parts)), world, device, mean, std, bad)
 
     def __len__(self) -> int:

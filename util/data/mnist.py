@@ -26,6 +26,13 @@ class Pixels:
         return self.names
 
 
+def append(first: Pixels, second: Pixels) -> Pixels:
+    """The images of both, one after the other."""
+    both = Pixels(*(np.concatenate([getattr(p, key) for p in (first, second)]) for key in ("pixels", "labels")), "")
+    both.names = first.names + second.names
+    return both
+
+
 def has_idx(folder: Path) -> bool:
     """Whether a folder holds the four files of an MNIST-like dataset, packed or not."""
     return all(_find(folder, name.format(split=split)) for split in ("train", "t10k") for name in FILES)

@@ -46,6 +46,7 @@ class Survey:
         root = ", ".join(self.roots)
         split = " (held out by a hash of the path)" if self.held_out else ""
         part = "" if self.train == self.there else f" (of {self.there:,})"
+        uses = f" to train on{part}, {self.val:,} to validate{split}" if self.val else ""
         sample = "all looked at" if self.looked_at == self.there else f"{self.looked_at:,} looked at"
         bad = f", {self.unreadable:,} unreadable" if self.unreadable else ""
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common(5))
@@ -54,7 +55,7 @@ class Survey:
         common, count = Counter(self.sizes).most_common(1)[0]
         often = f"{100 * count / len(self.sizes):.0f} % are {common[0]} x {common[1]}"
         return (
-            f"images    {self.train:,} to train on{part}, {self.val:,} to validate{split}, from {root}\n"
+            f"images    {self.train:,}{uses}, from {root}\n"
             f"formats   {kinds} ({sample}{bad}); {self.channels} channel{'s' * (self.channels > 1)}, {self.bits}-bit\n"
             f"sizes     {low} at least, {middle} median, {high} at most (width x height); {often}"
             + "".join(f"\n{line}" for line in self.remarks())
