@@ -41,7 +41,8 @@ def refusal(name, encoder):
     if name == "mixmim" and encoder != "mixmim_base":
         return "Mix needs .*mixmim_base"
     if name == "beitv2" and encoder != "beit_base_patch16_224":
-        return r"taps: \[8, -1\].*final_norm: false"
+        known = encoder in ("vit_base_patch16_224", "eva02_tiny_patch14_224")
+        return r"taps: \[0, -1\], final_norm: false" if known else "a plain transformer with a class token"
     return None
 
 

@@ -76,8 +76,6 @@ def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"optim.betas is {optim.betas}, but each has to be at least 0 and below 1")
-    if not run.folder:
-        raise UserError("run.folder is empty: name a folder for all that the run writes")
     if optim.weight_decay_end is not None and not (optim.weight_decay > 0 and optim.weight_decay_end >= 0):
         raise UserError(
             f"optim.weight_decay goes from {optim.weight_decay} to {optim.weight_decay_end}, but has to start above 0 "
@@ -89,6 +87,8 @@ def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
         raise UserError("data.mean and data.std go together: give both or neither")
     if data.std is not None and min(data.std) <= 0:
         raise UserError(f"data.std is {data.std}, but has to be above 0 in every channel")
+    if not run.folder:
+        raise UserError("run.folder is empty: name a folder for all that the run writes")
 
 
 def settle(config: Pretrain | Finetune, plain: dict, stored: dict | None = None, dtype: str = "bfloat16") -> None:

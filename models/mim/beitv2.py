@@ -30,12 +30,12 @@ class PatchAggregation(nn.Module):
         blocks, taps = getattr(getattr(encoder, "vit", None), "blocks", ()), getattr(encoder, "taps", ())
         latest = len(blocks) - 1 - depth  # the last block that `depth` others follow
         if latest < 0 or not encoder.vit.num_prefix_tokens:
-            raise ValueError(f"BEiT v2 needs a plain transformer with a class token and more than {depth} blocks: its "
-                             f"second guess copies {depth}, its depth")  # fmt: skip
+            raise ValueError("BEiT v2 needs a plain transformer with a class token and at least "
+                             f"{depth + 1} blocks, as its second guess copies {depth} (depth)")  # fmt: skip
         if encoder.normed or len(taps) != 2 or taps[0] > latest or taps[1] != len(blocks) - 1:
             near = max(min(len(blocks) - 4, latest), 0)  # as published: 8 of 12 blocks, 20 of 24
-            raise ValueError(f"BEiT v2 needs the last map and an early one (0 to {latest}), before {depth} blocks, its "
-                             f"depth; unnormed: give the encoder taps: [{near}, -1], final_norm: false")  # fmt: skip
+            raise ValueError(f"BEiT v2 needs the maps of the last block and one of 0 to {latest}, which {depth} "
+                             f"(depth) follow, unnormed: give it taps: [{near}, -1], final_norm: false")  # fmt: skip
         self.after = slice(taps[0] + 1, taps[0] + 1 + depth)
         self.blocks = copy.deepcopy(blocks[self.after])
         self.hints = encoder.hints
