@@ -77,10 +77,10 @@ def finetune(config: Finetune, plain: dict) -> dict:
     work = WORK.get(config.task.name, learn)
     whole = work in (embed, export)  # they are of weights alone, and no labels are looked for
     look = build("task", config.task, tasks()) if whole else None  # a wrong argument is told before all else
-    device = dist.init(config.run.device)
+    start.check(config.data, config.optim, config.run, work is not export)
+    dist.init(config.run.device)
     weights = open_source(config, whole)
     start.settle(config, plain, stored_with(weights), "float32" if whole else "bfloat16")
-    start.check(config.data, config.optim, config.run, work is not export)
     device, log = start.begin(config, plain)
     run = Begun(config, weights, device, log)
     figures = work(run, look) if whole else work(run)

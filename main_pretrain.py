@@ -44,8 +44,8 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     from util.visualize import panel, save_panel
 
     data, optim, run, folder = config.data, config.optim, config.run, Path(config.run.folder)
-    start.settle(config, plain)
     start.check(data, optim, run)
+    start.settle(config, plain)
     if data.augment != "none" or data.erase:
         raise UserError("pretraining crops, flips and jitters, no more: leave out data.augment and data.erase")
     size = read_schedule(data.size)[0][1]

@@ -109,6 +109,13 @@ def test_onnx(case, tmp_path, monkeypatch):
     assert all(parameter.requires_grad for parameter in encoder.parameters() if parameter.is_floating_point())
 
 
+def test_onnx_for_one_size_alone(run, tmp_path):
+    taken(run, tmp_path / "out", "onnx", "--task.args.any_size", "false")
+    assert "; 64 x 64 px alone." in (tmp_path / "out/onnx/README.md").read_text()
+    with pytest.raises(Exception, match="Got: 96 Expected: 64"):
+        Session(tmp_path / "out/onnx")(torch.rand(1, 3, 96, 64))
+
+
 def test_safetensors_of_others_weights_tells_where_they_are_from(tmp_path):
     encoder = encoder_of(*VIT)
     line = export(encoder, facts(origin="mae", licence="CC-BY-NC-4.0"), "safetensors", tmp_path / "out")
@@ -257,10 +264,15 @@ def test_folders_of_others_are_let_be(run, tmp_path):
         export(encoder_of(*VIT), facts(), "safetensors", tmp_path / "file/out")
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, match", [
+    (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
+    (ValueError("fake has no vit_tiny_patch16_224; it has Swin"), "^fake has no vit_tiny_patch16_224; it has Swin$"),
+])  # fmt: skip
+def test_what_cannot_be_written_leaves_nothing_behind(error, match, tmp_path, monkeypatch):
+    """A full disk; an encoder that the other library does not have."""
     fake(monkeypatch, form := Fake())
-    monkeypatch.setattr(form, "write", lambda *given: raises(OSError(28, "No space left on device")))
-    with pytest.raises(ValueError, match="cannot be written: No space left on device"):
+    monkeypatch.setattr(form, "write", lambda *given: raises(error))
+    with pytest.raises(ValueError, match=match):
         export(encoder_of(*VIT), facts(), "fake", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -55,7 +55,7 @@ def test_evaluation_takes_the_size_that_the_run_ends_with(tmp_path, run, size, l
     from util.data.images import open_images
 
     images = open_images(fill_folder(tmp_path / "images", "RGB", 16)).train.take(range(15))
-    data = Data("", size=size, batch=5, workers=0, mean=[0.5] * 3, std=[0.5] * 3)
+    data = Data("", size=size, batch=5, workers=0, mean=[0.5] * 3, std=[0.5] * 3, crop=0.875)
     batches = Batches(data, Run(str(tmp_path), **run), Found(images), None, torch.device("cpu"), lambda line: None)
     assert next(iter(batches.once(images)))["image"].shape[-2:] == (last, last)
     counted = "epochs" in run and isinstance(size[1][0], str)
@@ -68,7 +68,7 @@ def test_an_evaluation_that_follows_no_training_need_not_come_out_even(tmp_path,
 
     images = open_images(fill_folder(tmp_path / "images", "RGB", 16)).train
     monkeypatch.setattr(dist, "world", lambda: 3)
-    data = Data("", size=8, batch=8, workers=0, mean=[0.5] * 3, std=[0.5] * 3)
+    data = Data("", size=8, batch=8, workers=0, mean=[0.5] * 3, std=[0.5] * 3, crop=0.875)
     batches = Batches(data, Run(str(tmp_path)), Found(images), None, torch.device("cpu"), lambda line: None)
     assert len(next(iter(batches.once(images)))["image"]) == 2
 

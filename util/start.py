@@ -49,7 +49,7 @@ def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
         for _, value in read_changes(key, getattr(sections[section], name)):
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}, but has to be at least {least}")
-    for _, size in read_schedule(data.size):
+    for _, size in [] if data.size is None else read_schedule(data.size):
         if min(size) < 1:
             side = size[0] if size[0] == size[1] else list(size)
             raise UserError(f"data.size is {side}, but has to be at least 1 px, as in 224 or [192, 256]")
@@ -66,7 +66,7 @@ def check(data: Data, optim: Optim, run: Run, images: bool = True) -> None:
         ("run.device", run.device, ("auto", "cuda", "cpu")),
         ("optim.name", optim.name, ("adamw", "lamb", "lars", "sgd")),
     ):
-        if value not in choices:
+        if value is not None and value not in choices:
             raise UserError(f"{key} is {value}, but has to be {', '.join(choices[:-1])} or {choices[-1]}")
     if optim.weight_decay_end is not None and not (optim.weight_decay > 0 and optim.weight_decay_end >= 0):
         raise UserError(
