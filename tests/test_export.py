@@ -109,6 +109,13 @@ def test_onnx(case, tmp_path, monkeypatch):
     assert all(parameter.requires_grad for parameter in encoder.parameters() if parameter.is_floating_point())
 
 
+def test_onnx_for_one_size_alone(run, tmp_path):
+    taken(run, tmp_path / "out", "onnx", "--task.args.any_size", "false")
+    assert "; 64 x 64 px alone." in (tmp_path / "out/onnx/README.md").read_text()
+    with pytest.raises(Exception, match="Got: 96 Expected: 64"):
+        Session(tmp_path / "out/onnx")(torch.rand(1, 3, 96, 64))
+
+
 def test_safetensors_of_others_weights_tells_where_they_are_from(tmp_path):
     encoder = encoder_of(*VIT)
     line = export(encoder, facts(origin="mae", licence="CC-BY-NC-4.0"), "safetensors", tmp_path / "out")

@@ -44,6 +44,7 @@ class Facts:
     origin:    who wrote the weights, as `Weights.origin`
     source:    where they were read
     crop:      part of an image's side that was kept when it was cut from the centre
+    any_size:  whether a format whose files may be for one size of images tries to make them for all
     notes:     what a format has to say of its files, a sentence each; for the card
     """
 
@@ -57,6 +58,7 @@ class Facts:
     origin: str = "ours"
     source: str = ""
     crop: float = 0.875
+    any_size: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -113,12 +115,14 @@ class Export:
 
     to:      one of the formats, or several: safetensors, timm, transformers, torchvision, detectron2, open_clip, onnx
     licence: of the weights, where the file they are from does not tell it
+    any_size: of onnx, images of any size where the encoder allows it; windows take minutes then, seconds without
     """
 
     images = IMAGES
 
-    def __init__(self, to: str | list[str], licence: str | None = None):
-        self.to, self.licence = [to] if isinstance(to, str) else list(to), licence
+    def __init__(self, to: str | list[str], licence: str | None = None, any_size: bool = True):
+        self.to = [to] if isinstance(to, str) else list(to)
+        self.licence, self.any_size = licence, any_size
         for one in self.to:
             find(one)
 
@@ -126,11 +130,12 @@ class Export:
         self, encoder: Encoder, facts: Facts, folder: Path, images: Tensor | None, log: Callable[[str], None]
     ) -> dict[str, str]:
         """Every format, and the line of each. ValueError if any fails; the others are kept."""
-        facts, lines, wrong = replace(facts, licence=self.licence or facts.licence), {}, []
+        facts = replace(facts, licence=self.licence or facts.licence, any_size=self.any_size)
+        lines, wrong = {}, []
         for to in self.to:
             try:
                 lines[to] = export(encoder, facts, to, folder / to, images)
-                log(f"{to:10}{lines[to]}, in {folder / to}")
+                log(f"{to:13}{lines[to]}, in {folder / to}")
             except ValueError as error:
                 wrong.append(str(error))
         if wrong:

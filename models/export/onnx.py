@@ -60,7 +60,7 @@ def write(encoder: Encoder, facts: Facts, folder: Path) -> None:
 
     with plain(encoder):
         model = Outside(encoder, facts)
-        free = any_size(model, encoder, facts, folder)
+        free = facts.any_size and any_size(model, encoder, facts, folder)
         if not free:
             trace(model, encoder, facts, folder / FILE, False)
     height, width = facts.size
