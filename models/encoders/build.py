@@ -36,8 +36,7 @@ OWN: dict[str, tuple[type[Encoder], dict]] = {  # what timm lacks: the class, an
 def build_encoder(name: str, in_chans: int = 3, img_size: int | Sequence[int] | None = None, **args) -> Encoder:
     """Any plain or hierarchical backbone of timm, or one of OWN, as an Encoder without pretrained weights.
 
-    img_size: side of an image in pixels, or (height, width), for those whose tables or windows depend on it; the
-              others, and those too in use, take any size
+    img_size: side of an image in pixels, or (height, width), where tables or windows depend on it; in use, any will do
     args:     those of the class that serves the name, or timm's. ValueError, naming the nearest, for an unknown
               one or an unknown name, and for arguments that do not fit
     """

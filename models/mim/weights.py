@@ -19,12 +19,11 @@ from models.mim.recipes import METHODS
 from models.targets.target import HOG, Pixels
 
 CHECKPOINT = "last.pt"  # of a run of ours: its decoder is there
+Say = Callable[[str], None]
 FCMAE = {"convnextv2": "fcmae"}  # the one origin that is not called as its method
 
 
-def load_method(
-    source: str, log: Callable[[str], None] | None = None, changes: dict | None = None, **args
-) -> nn.Module:
+def load_method(source: str, log: Say | None = None, changes: dict | None = None, **args) -> nn.Module:
     """The method of a pretraining checkpoint, encoder and decoder with their weights, in evaluation mode.
 
     source:  as for `load_encoder`; the file tells which method it is of, and how deep and wide its decoder is
@@ -55,9 +54,7 @@ def describe_method(found: Weights) -> tuple[str, dict]:
     return FCMAE.get(found.origin, found.origin), size
 
 
-def load_weights(
-    mim: nn.Module, found: Weights, allow_partial: bool = False, log: Callable[[str], None] | None = None
-) -> bool:
+def load_weights(mim: nn.Module, found: Weights, allow_partial: bool = False, log: Say | None = None) -> bool:
     """Load a file's encoder and, where it has one, its decoder into a method; whether it had all of one.
 
     log: receives a line on each. ValueError in one line, with figures and the first keys, if any tensor of either is
