@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # heavy imports come once the config is known to be right
     import torch
 
     from models.encoders.encoder import Encoder
-    from models.encoders.weights import Weights
+    from models.encoders.released.source import Weights
     from models.export.formats import Facts
     from util.data.images import Dataset
     from util.log import Log
@@ -93,7 +93,7 @@ def finetune(config: Finetune, plain: dict) -> dict:
 
 def open_source(config: Finetune, needed: bool) -> Weights | None:
     """What the weights' file says of its encoder; None for none. UserError if it cannot be read, or if it is needed."""
-    from models.encoders.weights import open_weights
+    from models.encoders.released.source import open_weights
 
     if config.weights != "none":
         with told("weights"):

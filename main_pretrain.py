@@ -17,7 +17,7 @@ from util.options import build, named, read
 if TYPE_CHECKING:  # heavy imports come once the config is known to be right
     from torch import nn
 
-    from models.encoders.weights import Weights
+    from models.encoders.released.source import Weights
     from util.data.images import Dataset
     from util.log import Log
     from util.start import Batches
@@ -137,7 +137,7 @@ def find_data(config: Pretrain, log: Log) -> Dataset:
 
 def read_weights(config: Pretrain) -> Weights | None:
     """What the run starts from; once it is begun, its own folder tells the same, wherever the source may be by then."""
-    from models.encoders.weights import open_weights
+    from models.encoders.released.source import open_weights
     from util import checkpoint, dist
 
     if config.weights == "none":

@@ -18,7 +18,8 @@ from models.encoders import released
 from models.encoders.build import build_encoder
 from models.encoders.grid import Mask
 from models.encoders.released.heads import method_key
-from models.encoders.weights import load_encoder, open_weights
+from models.encoders.released.source import open_weights
+from models.encoders.weights import load_encoder
 from models.mim.head import Decoder
 from models.mim.weights import load_weights
 from models.transfer.classify import Classify

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main_pretrain
-from models.encoders.weights import open_weights
+from models.encoders.released.source import open_weights
 from tests.official import golden
 from tests.test_main import PRETRAIN, ROOT, SMALL, fill_folder, finetune
 from tests.test_train import lines

@@ -28,7 +28,8 @@ import main_finetune
 import main_pretrain
 from models.encoders import released
 from models.encoders.build import build_encoder
-from models.encoders.weights import build_found, checksum, load_encoder, load_found, open_weights
+from models.encoders.released.source import open_weights
+from models.encoders.weights import build_found, checksum, load_encoder, load_found
 from models.mim.weights import load_weights
 from tests import towers
 from tests.official import GOLDEN

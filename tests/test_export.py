@@ -14,7 +14,8 @@ from safetensors import safe_open
 import main_finetune
 from models.encoders.build import build_encoder
 from models.encoders.grid import Features
-from models.encoders.weights import load_encoder, open_weights
+from models.encoders.released.source import open_weights
+from models.encoders.weights import load_encoder
 from models.export import formats
 from models.export.formats import FORMATS, Facts, export
 from models.export.onnx import Session

@@ -12,8 +12,9 @@ from timm.models import vision_transformer as timm_vit
 
 from models.encoders import released
 from models.encoders.build import build_encoder
+from models.encoders.released.source import open_weights
 from models.encoders.resize import resize_table
-from models.encoders.weights import load_encoder, load_normalization, load_state, open_weights
+from models.encoders.weights import load_encoder, load_normalization, load_state
 from models.mim.weights import load_method
 from tests import plain_files, towers
 from tests.plain_files import (

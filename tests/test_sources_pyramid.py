@@ -17,7 +17,8 @@ from models.encoders.layers import sincos
 from models.encoders.released import mmpretrain
 from models.encoders.released import timm as timms
 from models.encoders.released.derived import shifted_mask
-from models.encoders.weights import load_encoder, load_normalization, load_state, open_weights
+from models.encoders.released.source import open_weights
+from models.encoders.weights import load_encoder, load_normalization, load_state
 from models.mim.recipes import mae, mixmim, simmim
 from models.mim.weights import load_method
 from tests.official import golden

@@ -8,12 +8,13 @@ from pathlib import Path
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.encoders.released.common import State, count
+from models.encoders.released.common import State, count, named
 from models.encoders.released.convnext import dense
 from models.encoders.released.heads import HEADS, ORDER, method_key
 from models.encoders.released.read import read
+from models.encoders.released.source import Weights, open_weights, told
 from models.encoders.resize import alike
-from models.encoders.weights import Weights, build_found, load_found, named, open_weights, shape, told
+from models.encoders.weights import build_found, load_found, shape
 from models.mim.method import MIM
 from models.mim.recipes import METHODS
 from models.targets.target import HOG, Pixels

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from models.encoders.build import build_encoder
+from models.encoders.released.common import named
 from models.encoders.released.pickles import Refused
 from models.encoders.released.read import Objects, read
-from models.encoders.weights import named
 from models.targets import dvae, quantized
 from models.targets.tokenizer import Tokenizer
 

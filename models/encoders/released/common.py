@@ -111,3 +111,9 @@ def is_sincos(table: Tensor, side: int | None = None) -> bool:
     made = side or across
     fixed = resample(sincos(made, made, width).flatten(0, 1)[None], (made, made), across, across).flatten(0, 1)
     return bool(not table[0, :prefix].any() and torch.allclose(table[0, prefix:].float(), fixed, atol=1e-5))
+
+
+def named(title: str, keys: list[str]) -> str:
+    """ "; missing 2: first.key, second.key", for how many keys there are, and the first three; nothing for none."""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"; {title} {len(keys)}: {', '.join(keys[:3])}{more}" if keys else ""
