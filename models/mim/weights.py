@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -90,7 +89,8 @@ def beside_encoder(mim: nn.Module, state: State) -> State:
 def head_state(mim: nn.Module, found: Weights) -> State:
     """What lies beside a file's encoder, by the method's keys and in its order; empty if there is nothing."""
     if found.origin == "ours":
-        return run_state(mim, found.path if found.path.suffix == ".pt" else found.path.with_name(CHECKPOINT))
+        path = found.path if found.path.suffix == ".pt" else found.path.with_name(CHECKPOINT)
+        return beside_encoder(mim, read(path).state) if path.is_file() else {}
     state = {}
     for key, value in found.others.items() if found.origin in HEADS else ():
         new = method_key(found.origin, key, found.family.rename)
@@ -101,11 +101,6 @@ def head_state(mim: nn.Module, found: Weights) -> State:
         else:
             state[new] = dense(key, value)
     return state
-
-
-def run_state(mim: nn.Module, path: Path) -> State:
-    """What lies beside the encoder in a checkpoint of our own; empty if there is none."""
-    return beside_encoder(mim, read(path).state) if path.is_file() else {}
 
 
 def in_our_order(mim: MIM, origin: str, key: str, value: Tensor) -> Tensor:
