@@ -139,6 +139,9 @@ def test_other_gaps_are_still_refused(tmp_path):
     with pytest.raises(ValueError, match="missing 12: vit.blocks.3.*and 9 more"):
         load_encoder(str(tmp_path), whole=True, depth=5)
     assert len(load_encoder(str(tmp_path), whole=True, drop_last=2, allow_partial=True).vit.blocks) == 2
+    lines = []
+    assert len(load_encoder(str(tmp_path), log=lines.append, drop_last=0).vit.blocks) == PLAIN["depth"]
+    assert "left out in pretraining, now fresh: vit.blocks." in lines[0]
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         assert json.loads(file.metadata()["encoder"])["args"]["drop_last"] == 1
 

@@ -37,11 +37,13 @@ def load_encoder(
     ValueError in one line if the file cannot be read or does not fit.
     """
     found = open_weights(source, changes.get("encoder", ""))
-    absent = set()
-    if whole and found.args.get("drop_last") and "drop_last" not in changes:
+    absent, left = set(), found.args.get("drop_last", 0)
+    without = changes.pop("drop_last", 0 if whole else left)
+    if without < left:
         with told(found.path):
-            absent = left_out(found.name, found.in_chans, found.args | changes)
-        del found.args["drop_last"]
+            absent = left_out(found.name, found.in_chans, found.args | changes, left, without)
+    found.args = {key: value for key, value in found.args.items() if key != "drop_last"}
+    found.args |= {"drop_last": without} if without else {}  # not every family has one
     encoder = build_found(found, **changes)
     load_found(encoder, found, allow_partial, log, absent)
     return encoder.eval()
@@ -73,11 +75,11 @@ def load_found(
         log(f"{found.path} ({found.origin}{which}): {'; '.join([line, *found.remarks])}")
 
 
-def left_out(name: str, in_chans: int, args: dict) -> set[str]:
-    """The keys that an encoder of these arguments lacks for its drop_last."""
+def left_out(name: str, in_chans: int, args: dict, more: int, less: int) -> set[str]:
+    """The keys that an encoder without its last `more` blocks lacks of one without its last `less`."""
     with torch.device("meta"):
-        cut, whole = (build_encoder(name, in_chans, **args | {"drop_last": n}) for n in (args["drop_last"], 0))
-    return whole.state_dict().keys() - cut.state_dict().keys()
+        short, long = (build_encoder(name, in_chans, **args | {"drop_last": n}) for n in (more, less))
+    return long.state_dict().keys() - short.state_dict().keys()
 
 
 def load_normalization(source: str) -> dict:
