@@ -27,6 +27,7 @@ from tests.test_weights import random
 
 PLAIN = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = PLAIN | {"intermediate_size": 72, "layer_norm_eps": 1e-3}  # an epsilon that is seen
+ROUND = {key: value for key, value in WIDE.items() if key != "intermediate_size"}  # DINOv2 has a ratio instead
 SWIN = {"image_size": 64, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4, "encoder_stride": 8}
 STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 2, 1, 1]}
 HIERA = {"image_size": [64, 64], "embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8]}
@@ -57,6 +58,8 @@ THEIRS = {  # what transformers wrote: the class of the model and its config
     "clip": ("CLIPVisionModel", WIDE),
     "clip of quick gelu": ("CLIPVisionModel", WIDE | {"hidden_act": "quick_gelu"}),
     "clip with text": ("CLIPModel", TOWER),
+    "dinov2": ("Dinov2Model", ROUND),
+    "dinov2 with registers": ("Dinov2WithRegistersModel", ROUND | {"use_swiglu_ffn": True}),
 }
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
