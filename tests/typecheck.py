@@ -9,14 +9,13 @@ strict = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(checked):
-    """beartype, which lets tracing pass: there, sizes are tensors or symbols."""
+    """beartype, which lets tracing pass: there, sizes are tensors."""
     strictly = strict(checked)
     if isinstance(checked, type):
         return strictly
 
     @functools.wraps(checked)
     def either(*args, **kwargs):
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        return (checked if traced else strictly)(*args, **kwargs)
+        return (checked if torch.jit.is_tracing() else strictly)(*args, **kwargs)
 
     return either

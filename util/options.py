@@ -30,6 +30,9 @@ FREE = (
 )
 
 
+OPEN = ("data.size", "data.crop", "run.dtype")  # settled as a run begins, where they are left open
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, whose errors are one line, with the nearest valid key, and exit code 2."""
 
@@ -131,17 +134,23 @@ def build(what: str, part: Part, table: dict[str, Callable], *given, **options) 
 def claim_folder(folder: Path, plain: dict, schema: type) -> None:
     """Write the run's config into its folder, or check that the run that the folder holds is this one.
 
-    An option that the folder's config lacks, since it is newer, has its default there.
+    An option that the folder's config lacks, since it is newer, has its default there; one of OPEN that is left open
+    is as it is there.
 
     UserError naming the keys that differ, or if the folder cannot be used.
     """
-    path, text = folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
+    path = folder / "config.yaml"
     try:
         there = flat(yaml.safe_load(path.read_text())) if path.exists() else None
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, yaml.YAMLError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"run.folder {folder} cannot be used, choose another or remove it: {line}") from error
+    for key in OPEN if there is not None else ():
+        section, name = key.split(".")
+        if section in plain and plain[section].get(name) is None:
+            plain[section][name] = there.get(key)
+    text = yaml.safe_dump(plain, sort_keys=False)
     here = flat(yaml.safe_load(text))
     if there is not None:
         there = defaults(schema, here) | there
