@@ -73,7 +73,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     evaluate = watch(task, method, config, found, batches, loader.plan.epoch, log)
     if weights is not None and not begun:
         with told("weights"):
-            log(f"weights   {untouched(task.encoder, loaded, task)}")
+            log(f"weights   {untouched(task.encoder, loaded, task.encoder)}")
         judge(task, evaluate, 0, run, log)  # what the run starts from, before it moves
 
     figures = train(task, loader, optimizer, lr_at, optim.clip, run, log, evaluate, decay_at)

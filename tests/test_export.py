@@ -132,7 +132,7 @@ def test_safetensors_of_others_weights_tells_where_they_are_from(tmp_path):
 def test_the_command_leaves_files_and_a_card_that_works(run, tmp_path, capsys):
     taken(run, tmp_path / "out", "[safetensors, onnx]", "--task.args.licence", "MIT")
     said = capsys.readouterr().out
-    assert re.search(r"onnx      max \|difference\| \de-\d over 8 images, in ", said)
+    assert re.search(r"onnx +max \|difference\| \de-\d over 8 images, in ", said)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["onnx", "safetensors"]
     assert json.loads((tmp_path / "out/report.json").read_text()).keys() == {"safetensors", "onnx"}
     assert "64" in (tmp_path / "out/config.yaml").read_text()  # of the weights

@@ -111,7 +111,7 @@ def load_state(
     for key, value in state.items():
         if not encoder.normed and key.startswith("vit.norm."):
             ignored["norm"] += 1
-        elif key in own and value.is_floating_point() != own[key].is_floating_point():
+        elif key in own and own[key].is_floating_point() and not value.is_floating_point():
             misfits.append(f"{key} ({value.dtype} in the file, {own[key].dtype} here)")
         elif key in own:
             fits, how = fit(encoder, key, value.to(own[key].dtype), own[key], grid)
