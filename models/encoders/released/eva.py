@@ -180,6 +180,7 @@ def angles(side: int, head: int, places: int) -> Tensor:
 def rotated_places(cos: Tensor, sin: Tensor) -> int:
     """For how many places along a side a table of EVA-02's angles was made; 16 where that cannot be read off."""
     side, slowest = math.isqrt(len(cos)), cos.shape[1] // 2 - 1  # its angle is far from a whole turn
-    step = torch.atan2(sin[side % len(sin), slowest].float(), cos[side % len(cos), slowest].float()).item()
-    steps = step * side * 10000 ** (1 - 4 / cos.shape[1])
-    return round(steps) if math.isfinite(steps) and steps > 0.5 else PRETRAINED
+    y, x = (table[side % len(table), slowest].item() for table in (sin, cos))
+    steps = math.atan2(y, x) * side * 10000 ** (1 - 4 / cos.shape[1])
+    turned = abs(math.hypot(x, y) - 1) < 1e-2  # else they are a cosine and a sine of nothing
+    return round(steps) if turned and steps > 0.5 else PRETRAINED
