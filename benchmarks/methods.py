@@ -25,7 +25,7 @@ IMAGES = 60_000  # in an epoch
 TRIAL = 30  # steps that measure a method's speed
 TASKS = {  # the task's config, and what differs from the quickstart's
     "knn": ["--data.labels", "10000"],
-    "linear": ["--data.labels", "10000", "--run.epochs", "10", "--optim.warmup", "1"],
+    "linear": ["--data.labels", "10000", "--run.epochs", "5", "--optim.warmup", "0.5"],
     "finetune": ["--run.epochs", "15", "--optim.warmup", "2"],
 }
 
