@@ -71,13 +71,13 @@ class Begun:
 
 def finetune(config: Finetune, plain: dict) -> dict:
     """One task of a config, from its beginning or from where its folder left it; gives the final figures."""
-    from util import dist, start
+    from util import checks, dist, start
 
     named("task", config.task.name, tasks())
     work = WORK.get(config.task.name, learn)
     whole = work in (embed, export)  # they are of weights alone, and no labels are looked for
     look = build("task", config.task, tasks()) if whole else None  # a wrong argument is told before all else
-    start.check(config.data, config.optim, config.run, work is not export)
+    checks.check(config.data, config.optim, config.run, work is not export)
     dist.init(config.run.device)
     weights = open_source(config, whole)
     start.settle(config, plain, stored_with(weights), "float32" if whole else "bfloat16")
@@ -155,20 +155,20 @@ def learn(run: Begun) -> dict[str, float]:
     """Train what a task of TASKS makes of an encoder."""
     from models.encoders.weights import checksum, untouched
     from models.transfer.recipes import TASKS
-    from util import checkpoint, start
+    from util import checkpoint, checks, start
     from util.data.transforms import Augment
     from util.times import last_size
     from util.train import train
 
     data, optim, options, log = run.config.data, run.config.optim, run.config.run, run.log
     encoder, found, batches = labelled(run)
-    loaded = checksum(encoder)
+    loaded = None if run.weights is None else checksum(encoder)
     task = build("task", run.config.task, TASKS, encoder, len(found.classes)).to(run.device)
-    if run.weights is not None:
+    if loaded is not None:
         with told("weights"):
             log(f"weights   {untouched(encoder, loaded, task)}")
     if task.mixer is not None:
-        start.check_pairs("mixup or cutmix", data, options)
+        checks.check_pairs("mixup or cutmix", data, options)
     start.try_sizes(task, data, encoder.in_chans, run.device)
     auto = None if data.augment == "none" else data.augment
     crop = {"scale": data.scale, "flip": data.flip, "interpolation": data.interpolation}

@@ -60,7 +60,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     if weights is not None and begun:
         log(f"weights   {config.weights} is where this run began; it goes on from its own checkpoint")
     whole = None if weights is None else begun or load(task, config, method, weights, log)
-    loaded = checksum(task.encoder)
+    loaded = None if weights is None or begun else checksum(task.encoder)
     task.encoder.set_grad_checkpointing(run.checkpointing)
     start.try_sizes(task, data, channels, device)
     start.describe(task.encoder.plan["name"], task.encoder, channels, first_size(config), log)
@@ -71,7 +71,7 @@ def pretrain(config: Pretrain, plain: dict) -> dict[str, float]:
     lr_at, decay_at = start.schedule(optim, loader, run, log), start.decay(optim, loader.plan.steps)
     optimizer = start.optimizer(task, optim, start.encoder_pace(optim, loader.plan, whole, log))
     evaluate = watch(task, method, config, found, batches, loader.plan.epoch, log)
-    if weights is not None and not begun:
+    if loaded is not None:
         with told("weights"):
             log(f"weights   {untouched(task.encoder, loaded, task.encoder)}")
         judge(task, evaluate, 0, run, log)  # what the run starts from, before it moves
@@ -91,15 +91,15 @@ def check(config: Pretrain) -> None:
     import torch
 
     from models.targets.tokenizers import find
-    from util import checkpoint, dist, start
+    from util import checkpoint, checks, dist
 
     data, run, folder = config.data, config.run, Path(config.run.folder)
-    start.check(data, config.optim, run)
+    checks.check(data, config.optim, run)
     if data.augment != "none" or data.erase:
         raise UserError("pretraining crops, flips and jitters, no more: leave out data.augment and data.erase")
     if config.weights == "none" and config.encoder is None:
         raise UserError("weights is none, so encoder.name has to say what to build")
-    start.check_start(folder, config.weights)
+    checks.check_start(folder, config.weights)
     if checkpoint.there(folder):
         return  # all this was right when the run began, and whether it is this one is seen when its folder is claimed
     if config.weights != "none":
@@ -114,7 +114,7 @@ def check(config: Pretrain) -> None:
             load(task, config, method, weights, lambda line: None)
     if getattr(task, "pairs", False):
         dist.init(run.device)
-        start.check_pairs(method.name, data, run)
+        checks.check_pairs(method.name, data, run)
     if "tokenizer" in method.args:
         with told("tokenizer"):
             find(method.args["tokenizer"])  # on the meta device nothing was read

@@ -21,9 +21,9 @@ from models.monitor.health import TRIVIAL, health, mean_fill, trivial_losses
 from models.monitor.picture import reconstruct
 from tests.test_main import fill_folder, finetune, pretrain
 from util import dist
+from util.checks import check_pairs
 from util.config import Data, Run
 from util.errors import UserError
-from util.start import check_pairs
 from util.train import seed
 
 SIZES = {

@@ -10,12 +10,13 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from tests.methods import built
 from tests.test_train import STEPS, Images, Stop, equal, stop_at, tiny
 from util import dist
+from util.checks import check
 from util.config import Optim, Run
 from util.errors import UserError
 from util.log import Log
 from util.optim import Pace, Schedule, build_optimizer, parameter_groups
 from util.plan import make_plan
-from util.start import check, encoder_pace
+from util.start import encoder_pace
 from util.times import Time
 from util.train import set_rates, train
 

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from util.checks import check
 from util.config import Data, Optim, Run
 from util.errors import UserError
 from util.plan import evaluations, make_plan
-from util.start import check, schedule
+from util.start import schedule
 from util.times import Time, check_times, read_changes, read_time
 
 STAGED = {"batch": [[0, 2048], [2, 1024]], "per_device": [[0, 256], [3, 64]], "size": [[0, 128], [2, 160], [3, 192]]}

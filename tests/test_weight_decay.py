@@ -8,11 +8,12 @@ from timm.optim import Lamb
 from torch import nn
 
 from tests.test_train import STEPS, Images, Stop, equal, stop_at, tiny
+from util.checks import check
 from util.config import Data, Optim, Run
 from util.errors import UserError
 from util.log import Log
 from util.optim import LAMB, Schedule, build_optimizer
-from util.start import check, decay
+from util.start import decay
 from util.train import train
 
 

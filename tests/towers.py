@@ -1,7 +1,6 @@
 """A random image tower as each repository would have written it to a file."""
 
 import functools
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from models.encoders.released.common import renamed
 
 FOLDER = tempfile.TemporaryDirectory()
 
@@ -36,15 +37,6 @@ def random_tower(clip=True, seed=0, width=64, depth=2, patch=8, side=4, dim=16):
             key = f"blocks.{i}.{name}"
             state |= {f"{key}.weight": some(*shape, std=0.2), f"{key}.bias": some(shape[0])}
     return state | {"head.weight": some(dim, width)}
-
-
-def renamed(state, names):
-    new = {}
-    for key, value in state.items():
-        for old, other in names:
-            key = re.sub(old, other, key)
-        new[key] = value
-    return new
 
 
 OPENAI = (

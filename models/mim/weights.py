@@ -34,8 +34,8 @@ def load_method(source: str, log: Say | None = None, changes: dict | None = None
     ValueError in one line if the file cannot be read, does not fit or holds no decoder.
     """
     found = open_weights(source)
-    name, told = describe_method(found)
-    mim = METHODS[name](build_found(found, **changes or {}), **told | args) if name in METHODS else None
+    name, size = describe_method(found)
+    mim = METHODS[name](build_found(found, **changes or {}), **size | args) if name in METHODS else None
     if mim is None or not load_weights(mim, found, log=log):
         raise ValueError(f"{found.path} ({found.origin}) holds an encoder alone, no decoder")
     return mim.eval()

@@ -140,7 +140,7 @@ def measure(images, seed: int = 0) -> tuple[list[float], list[float]]:
     def moments(position: int) -> tuple[np.ndarray, np.ndarray, int] | None:
         try:
             image = images.read(position)
-        except Exception:
+        except Exception:  # a broken file may raise anything; the loader counts and names it
             return None
         pixels = image.numpy().reshape(len(image), -1).astype(np.float32) / (255 if image.dtype == torch.uint8 else 1)
         return pixels.mean(1, dtype=np.float64), (pixels**2).mean(1, dtype=np.float64), pixels.shape[1]
